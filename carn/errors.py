@@ -1,0 +1,79 @@
+"""The errors a caller can handle, each naming the thing that is wrong and the way out.
+
+Every error travels between processes: it pickles with all its attributes.
+"""
+
+
+class CarnError(Exception):
+    """Root of the errors this package raises on purpose."""
+
+
+class StorageError(CarnError):
+    """A storage location could not be read or written.
+
+    Attributes:
+        uri: the location, as it was given.
+    """
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(uri, reason)
+        self.uri = uri
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.reason}"
+
+
+class MissingObjectError(StorageError):
+    """No file or object is there."""
+
+
+class AccessDeniedError(StorageError):
+    """The credentials at hand do not open this location."""
+
+
+class SlideError(CarnError):
+    """A slide could not be opened or read.
+
+    Attributes:
+        uri: the slide.
+        reason: what is wrong, and what to do about it.
+    """
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(uri, reason)
+        self.uri = uri
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.reason}"
+
+
+class DamagedTileError(SlideError):
+    """Pixels of one place of a slide cannot be decoded; the rest of the slide still reads.
+
+    Attributes:
+        level: pyramid level of the damaged place.
+        x_l0, y_l0: its top-left corner in level-0 px.
+    """
+
+    def __init__(self, uri: str, reason: str, level: int, x_l0: int, y_l0: int) -> None:
+        super().__init__(uri, reason)
+        self.args = (uri, reason, level, x_l0, y_l0)
+        self.level = level
+        self.x_l0 = x_l0
+        self.y_l0 = y_l0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.uri}: damaged tile on level {self.level} at level-0 px "
+            f"({self.x_l0}, {self.y_l0}): {self.reason}"
+        )
+
+
+class CoordinateError(CarnError, ValueError):
+    """A coordinate list or an annotation file does not say what it must."""
+
+
+class DatasetError(CarnError):
+    """A dataset on storage is incomplete, foreign or not what was asked for."""

@@ -1,0 +1,453 @@
+"""Storage behind one kind of name: a local path or `s3://bucket/key`.
+
+Reads go by byte range, writes are atomic: a reader sees the old content or the new one, whole.
+
+S3 is configured by the standard AWS variables (AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3, AWS_REGION,
+AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). Without any credentials, or with AWS_NO_SIGN_REQUEST=true,
+requests go unsigned, as public buckets want them. Only this module imports boto3.
+"""
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+from urllib.parse import unquote, urlparse
+
+from carn.errors import AccessDeniedError, MissingObjectError, StorageError
+
+# Two ranges of an object closer than this become one request: the bytes between cost less than
+# another round trip. Small against a JPEG tile (tens of KB), so the excess stays a few percent.
+COALESCE_GAP_BYTES = 8 * 1024
+# Requests of one process under way at once. S3 serves single ranges at 50-100 MB/s, so a few
+# parallel ones fill a node's network.
+MAX_CONCURRENT_REQUESTS = 16
+# How much of a local file's head and tail its fingerprint covers: hashing a 3 GB slide whole would
+# cost more than reading the tiles wanted of it.
+FINGERPRINT_BYTES = 64 * 1024
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectStat:
+    """What storage says of one file or object, without reading it.
+
+    Attributes:
+        uri: its name.
+        size: bytes.
+        etag: the object store's content tag; None for local files.
+    """
+
+    uri: str
+    size: int
+    etag: str | None
+
+
+class ByteSource(Protocol):
+    """A file or object open for reading by byte range; safe to share between threads."""
+
+    uri: str
+    size: int
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+        """The bytes of each (start, length); shorter where the object ends before."""
+
+    def close(self) -> None:
+        """Give the handle back."""
+
+
+# ---------------------------------------------------------------------------------------- names
+
+
+def is_s3(uri: str) -> bool:
+    """Whether the name is of an object store."""
+    return uri.startswith("s3://")
+
+
+def normalize(uri: str | Path) -> str:
+    """The one spelling of a name: absolute local path without `file://`, or `s3://bucket/key`.
+
+    Raises:
+        ValueError: another scheme than file or s3, or an S3 name without a bucket.
+    """
+    uri = str(uri)
+    if is_s3(uri):
+        if not _split_s3(uri)[0]:
+            raise ValueError(f"{uri!r} names no bucket; write s3://bucket/prefix")
+        return uri
+    if uri.startswith("file://"):
+        return unquote(urlparse(uri).path)
+    if "://" in uri:
+        scheme = uri.split("://", maxsplit=1)[0]
+        raise ValueError(f"{uri!r}: storage {scheme!r} is not supported; use a path or s3://")
+    return str(Path(uri).expanduser().absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    """The name of something below `uri`."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def name_of(uri: str) -> str:
+    """The last component of a name."""
+    return uri.rstrip("/").rsplit("/", maxsplit=1)[-1]
+
+
+def stem_of(uri: str) -> str:
+    """The last component without its extension (`a/Tumor_001.tif` -> `Tumor_001`)."""
+    return Path(name_of(uri)).stem
+
+
+def _split_s3(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def stat(uri: str) -> ObjectStat:
+    """Size and tag of a file or object.
+
+    Raises:
+        MissingObjectError: nothing is there.
+        AccessDeniedError: the credentials do not open it.
+        StorageError: it is a directory, or storage does not answer.
+    """
+    if is_s3(uri):
+        bucket, key = _split_s3(uri)
+        with _s3_errors(uri):
+            head = _s3_client().head_object(Bucket=bucket, Key=key)
+        return ObjectStat(uri=uri, size=head["ContentLength"], etag=head["ETag"].strip('"'))
+    with _local_errors(uri):
+        path = Path(uri)
+        if path.is_dir():
+            raise StorageError(uri, "is a directory; name a file in it")
+        return ObjectStat(uri=uri, size=path.stat().st_size, etag=None)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or object (not a directory or prefix) is there."""
+    try:
+        stat(uri)
+    except MissingObjectError:
+        return False
+    return True
+
+
+def identity(uri: str) -> str:
+    """A short text that changes when the content does: the ETag, or a fingerprint of a local file.
+
+    The fingerprint is a SHA-256 over size, first and last 64 KiB: equal on copies, cheap on slides
+    of gigabytes, and changed by truncation or replacement (though not by a byte altered amid).
+    """
+    found = stat(uri)
+    if found.etag is not None:
+        return f"etag:{found.etag}:{found.size}"
+    with _local_errors(uri), Path(uri).open("rb") as file:
+        digest = hashlib.sha256(str(found.size).encode())
+        digest.update(file.read(FINGERPRINT_BYTES))
+        if found.size > FINGERPRINT_BYTES:
+            file.seek(max(FINGERPRINT_BYTES, found.size - FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return f"sha256-ends:{digest.hexdigest()[:32]}:{found.size}"
+
+
+def list_objects(uri: str) -> list[ObjectStat]:
+    """Every file or object below a folder or prefix, at any depth, ordered by name.
+
+    Hidden files (a component starting with a dot) are left out. A missing folder or an empty prefix
+    gives an empty list.
+
+    Raises:
+        AccessDeniedError, StorageError: as `stat`.
+    """
+    if is_s3(uri):
+        bucket, prefix = _split_s3(uri.rstrip("/") + "/")
+        with _s3_errors(uri):
+            pages = _s3_client().get_paginator("list_objects_v2")
+            found = [
+                ObjectStat(
+                    uri=f"s3://{bucket}/{item['Key']}",
+                    size=item["Size"],
+                    etag=item["ETag"].strip('"'),
+                )
+                for page in pages.paginate(Bucket=bucket, Prefix=prefix)
+                for item in page.get("Contents", [])
+                if not item["Key"].endswith("/") and "/." not in "/" + item["Key"]
+            ]
+        return sorted(found, key=lambda item: item.uri)
+    stats = []
+    with _local_errors(uri):
+        for folder, folders, files in os.walk(uri, followlinks=True, onerror=_raise):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
+                path = Path(folder, name)
+                if not name.startswith(".") and path.exists():  # a dangling link is no file
+                    stats.append(ObjectStat(uri=str(path), size=path.stat().st_size, etag=None))
+    return sorted(stats, key=lambda item: item.uri)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content.
+
+    Raises:
+        MissingObjectError, AccessDeniedError, StorageError: as `stat`.
+    """
+    if is_s3(uri):
+        bucket, key = _split_s3(uri)
+        with _s3_errors(uri):
+            return cast(bytes, _s3_client().get_object(Bucket=bucket, Key=key)["Body"].read())
+    with _local_errors(uri):
+        return Path(uri).read_bytes()
+
+
+def open_source(uri: str) -> ByteSource:
+    """Open a file or object for reading by byte range.
+
+    Raises:
+        MissingObjectError, AccessDeniedError, StorageError: as `stat`.
+    """
+    return _S3Source(uri) if is_s3(uri) else _LocalSource(uri)
+
+
+class _LocalSource:
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.size = stat(uri).size
+        with _local_errors(uri):
+            self._file = Path(uri).open("rb", buffering=0)
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+        descriptor = self._file.fileno()
+        with _local_errors(self.uri):
+            return [os.pread(descriptor, length, start) for start, length in ranges]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _S3Source:
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.size = stat(uri).size
+        self._bucket, self._key = _split_s3(uri)
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+        spans = coalesce(ranges)
+        if len(spans) == 1:
+            blocks = [self._get(spans[0])]
+        else:
+            blocks = list(_request_pool(os.getpid()).map(self._get, spans))
+        starts = [start for start, _ in spans]
+        parts = []
+        for start, length in ranges:
+            index = _last_at_or_before(starts, start)
+            offset = start - starts[index]
+            parts.append(blocks[index][offset : offset + length])
+        return parts
+
+    def _get(self, span: Range) -> bytes:
+        start, length = span
+        end = min(start + length, self.size)
+        if start >= end:
+            return b""
+        with _s3_errors(self.uri):
+            answer = _s3_client().get_object(
+                Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{end - 1}"
+            )
+            return cast(bytes, answer["Body"].read())
+
+    def close(self) -> None:
+        """Nothing is held: requests go over the shared client's connections."""
+
+
+def coalesce(ranges: Sequence[Range], *, gap_bytes: int = COALESCE_GAP_BYTES) -> list[Range]:
+    """The fewest (start, length) spans, in order, that cover the ranges and skip gaps > gap_bytes."""
+    spans: list[Range] = []
+    for start, length in sorted(ranges):
+        if spans and start <= spans[-1][0] + spans[-1][1] + gap_bytes:
+            first, covered = spans[-1]
+            spans[-1] = (first, max(covered, start + length - first))
+        else:
+            spans.append((start, length))
+    return spans
+
+
+def _last_at_or_before(starts: list[int], position: int) -> int:
+    from bisect import bisect_right
+
+    return bisect_right(starts, position) - 1
+
+
+def download(uri: str, path: Path) -> None:
+    """Copy an object to a local path, atomically; its parent must exist.
+
+    Raises:
+        MissingObjectError, AccessDeniedError, StorageError: as `stat`.
+    """
+    bucket, key = _split_s3(uri)
+    with _temporary_beside(path) as temporary:
+        with _s3_errors(uri):
+            _s3_client().download_file(bucket, key, str(temporary))
+        temporary.replace(path)
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write a whole file or object, atomically, over what was there.
+
+    Raises:
+        AccessDeniedError, StorageError: the location cannot be written.
+    """
+    if is_s3(uri):
+        bucket, key = _split_s3(uri)
+        with _s3_errors(uri):
+            _s3_client().put_object(Bucket=bucket, Key=key, Body=content)
+        return
+    path = Path(uri)
+    with _local_errors(uri):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_beside(path) as temporary:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+
+
+def delete(uris: Sequence[str]) -> None:
+    """Remove files or objects; those that are not there count as removed.
+
+    Raises:
+        AccessDeniedError, StorageError: something could not be removed.
+    """
+    for uri in uris:
+        if is_s3(uri):
+            bucket, key = _split_s3(uri)
+            with _s3_errors(uri):
+                _s3_client().delete_object(Bucket=bucket, Key=key)
+        else:
+            with _local_errors(uri):
+                Path(uri).unlink(missing_ok=True)
+
+
+def delete_below(uri: str) -> None:
+    """Remove every file or object below a folder or prefix, and the folders left empty by that."""
+    delete([item.uri for item in list_objects(uri)])
+    if not is_s3(uri) and Path(uri).is_dir():
+        for folder, _, _ in os.walk(uri, topdown=False):
+            with suppress(OSError):  # not empty: a hidden file is not ours to remove
+                Path(folder).rmdir()
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    # Beside the target, so that the rename stays on one file system; hidden, so that no listing
+    # takes a half-written file of a killed process for a whole one.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(descriptor)
+    temporary = Path(name)
+    temporary.chmod(0o666 & ~_umask())
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+# ------------------------------------------------------------------------------- S3 and its errors
+
+
+def _s3_client() -> Any:
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+    names += ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_NO_SIGN_REQUEST")
+    return _s3_client_for(os.getpid(), tuple(os.environ.get(name) for name in names))
+
+
+@functools.lru_cache(maxsize=4)
+def _s3_client_for(_process: int, _settings: tuple[str | None, ...]) -> Any:
+    # One client per process and setting: clients are thread-safe, but do not survive a fork.
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    session = boto3.session.Session(
+        region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    )
+    options: dict[str, Any] = {
+        "retries": {"mode": "standard", "max_attempts": 6},
+        "max_pool_connections": MAX_CONCURRENT_REQUESTS + 4,
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        # Checksums that some S3-compatible servers (older Ceph) refuse are sent only where
+        # the operation demands one.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    unsigned = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
+    if unsigned or session.get_credentials() is None:
+        options["signature_version"] = UNSIGNED
+    return session.client("s3", config=Config(**options))
+
+
+@functools.lru_cache(maxsize=1)
+def _request_pool(_process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS, thread_name_prefix="storage")
+
+
+@contextmanager
+def _s3_errors(uri: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+
+    try:
+        yield
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if code == "NoSuchBucket":
+            raise MissingObjectError(uri, "no such bucket") from error
+        if code in ("NoSuchKey", "404", "NotFound") or status == 404:
+            raise MissingObjectError(uri, "no such object") from error
+        if status in (401, 403):
+            raise AccessDeniedError(
+                uri,
+                f"access denied ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or "
+                "AWS_PROFILE; for a public bucket set AWS_NO_SIGN_REQUEST=true",
+            ) from error
+        raise StorageError(uri, f"the object store answered {code}: {error}") from error
+    except (BotoCoreError, HTTPClientError) as error:
+        raise StorageError(
+            uri, f"the object store cannot be reached ({error}); check AWS_ENDPOINT_URL"
+        ) from error
+
+
+@contextmanager
+def _local_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingObjectError(uri, "no such file") from error
+    except PermissionError as error:
+        raise AccessDeniedError(uri, "permission denied: check the file's owner and mode") from error
+    except OSError as error:
+        raise StorageError(uri, error.strerror or str(error)) from error
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
