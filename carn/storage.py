@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +28,8 @@ COALESCE_GAP_BYTES = 8 * 1024
 # Requests of one process under way at once. S3 serves single ranges at 50-100 MB/s, so a few
 # parallel ones fill a node's network.
 MAX_CONCURRENT_REQUESTS = 16
+# Times a GET is sent when its connection breaks under the body.
+GET_ATTEMPTS = 4
 # How much of a local file's head and tail its fingerprint covers: hashing a 3 GB slide whole would
 # cost more than reading the tiles wanted of it.
 FINGERPRINT_BYTES = 64 * 1024
@@ -132,8 +135,10 @@ def stat(uri: str) -> ObjectStat:
         return ObjectStat(uri=uri, size=path.stat().st_size, etag=None)
 
 
-def exists(uri: str) -> bool:
+def is_file(uri: str) -> bool:
     """Whether a file or object (not a directory or prefix) is there."""
+    if not is_s3(uri):
+        return Path(uri).is_file()
     try:
         stat(uri)
     except MissingObjectError:
@@ -203,7 +208,7 @@ def read_bytes(uri: str) -> bytes:
     if is_s3(uri):
         bucket, key = _split_s3(uri)
         with _s3_errors(uri):
-            return cast(bytes, _s3_client().get_object(Bucket=bucket, Key=key)["Body"].read())
+            return _get_body(Bucket=bucket, Key=key)
     with _local_errors(uri):
         return Path(uri).read_bytes()
 
@@ -222,7 +227,7 @@ class _LocalSource:
         self.uri = uri
         self.size = stat(uri).size
         with _local_errors(uri):
-            self._file = Path(uri).open("rb", buffering=0)
+            self._file = Path(uri).open("rb", buffering=0)  # noqa: SIM115 - closed by close()
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
         descriptor = self._file.fileno()
@@ -248,7 +253,7 @@ class _S3Source:
         starts = [start for start, _ in spans]
         parts = []
         for start, length in ranges:
-            index = _last_at_or_before(starts, start)
+            index = bisect_right(starts, start) - 1
             offset = start - starts[index]
             parts.append(blocks[index][offset : offset + length])
         return parts
@@ -259,17 +264,14 @@ class _S3Source:
         if start >= end:
             return b""
         with _s3_errors(self.uri):
-            answer = _s3_client().get_object(
-                Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{end - 1}"
-            )
-            return cast(bytes, answer["Body"].read())
+            return _get_body(Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{end - 1}")
 
     def close(self) -> None:
         """Nothing is held: requests go over the shared client's connections."""
 
 
 def coalesce(ranges: Sequence[Range], *, gap_bytes: int = COALESCE_GAP_BYTES) -> list[Range]:
-    """The fewest (start, length) spans, in order, that cover the ranges and skip gaps > gap_bytes."""
+    """The fewest (start, length) spans, in order, that cover the ranges and skip larger gaps."""
     spans: list[Range] = []
     for start, length in sorted(ranges):
         if spans and start <= spans[-1][0] + spans[-1][1] + gap_bytes:
@@ -278,12 +280,6 @@ def coalesce(ranges: Sequence[Range], *, gap_bytes: int = COALESCE_GAP_BYTES) ->
         else:
             spans.append((start, length))
     return spans
-
-
-def _last_at_or_before(starts: list[int], position: int) -> int:
-    from bisect import bisect_right
-
-    return bisect_right(starts, position) - 1
 
 
 def download(uri: str, path: Path) -> None:
@@ -373,10 +369,29 @@ def _umask() -> int:
 # ------------------------------------------------------------------------------- S3 and its errors
 
 
+# A change of these (tests, notebooks) takes effect with the next request.
+_AWS_SETTINGS = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_NO_SIGN_REQUEST"),
+)
+
+
 def _s3_client() -> Any:
-    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-    names += ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_NO_SIGN_REQUEST")
-    return _s3_client_for(os.getpid(), tuple(os.environ.get(name) for name in names))
+    settings = tuple(os.environ.get(name) for name in _AWS_SETTINGS)
+    return _s3_client_for(os.getpid(), settings)
+
+
+def _get_body(**request: str) -> bytes:
+    # botocore retries until the headers are in; a connection that breaks under the body is ours.
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    for attempt in range(1, GET_ATTEMPTS + 1):
+        try:
+            return cast(bytes, _s3_client().get_object(**request)["Body"].read())
+        except (HTTPClientError, IncompleteReadError):
+            if attempt == GET_ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
 
 
 @functools.lru_cache(maxsize=4)
@@ -443,7 +458,9 @@ def _local_errors(uri: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingObjectError(uri, "no such file") from error
     except PermissionError as error:
-        raise AccessDeniedError(uri, "permission denied: check the file's owner and mode") from error
+        raise AccessDeniedError(
+            uri, "permission denied: check the file's owner and mode"
+        ) from error
     except OSError as error:
         raise StorageError(uri, error.strerror or str(error)) from error
 

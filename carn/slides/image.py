@@ -1,0 +1,72 @@
+"""Plain images (PNG, JPEG, TIFF, ...) as slides of one level, decoded whole."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from carn import storage
+from carn.errors import SlideError
+from carn.slides.slide import Level, Rgb, Slide, SlideProperties
+
+# Whole images are held in memory: 2^28 px are 0.8 GB of RGB, more than any tile or region export.
+MAX_IMAGE_PX = 1 << 28
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+
+
+class ImageSlide(Slide):
+    """A plain image. Opened by `carn.slides.open_image`."""
+
+    reader = "image"
+
+    def __init__(self, uri: str) -> None:
+        """Decode an image from a local path or an S3 object, transparency laid over white.
+
+        Raises:
+            SlideError: not an image, damaged, truncated, or larger than MAX_IMAGE_PX.
+            StorageError: it cannot be read.
+        """
+        pixels, icc_profile = _decode(uri, storage.read_bytes(uri))
+        height, width = pixels.shape[:2]
+        super().__init__(
+            uri,
+            levels=(Level(width_px=width, height_px=height, downsample=1.0),),
+            properties=SlideProperties(vendor="image", icc_profile=icc_profile),
+        )
+        self._pixels = pixels
+
+    def _read_level(self, x: int, y: int, width: int, height: int, *, level: int) -> Rgb:
+        del level  # there is one
+        return self._pixels[y : y + height, x : x + width].copy()
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
+
+def _decode(uri: str, content: bytes) -> tuple[Rgb, bytes | None]:
+    if not content:
+        raise SlideError(uri, "is an empty file")
+    try:
+        with warnings.catch_warnings():
+            # Our own bound is checked below; PIL's is lower and only warns.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_IMAGE_PX:
+                raise SlideError(
+                    uri,
+                    f"claims {image.width} x {image.height} px, more than the {MAX_IMAGE_PX} that "
+                    "are read as one image; store it as a tiled, pyramidal TIFF",
+                )
+            icc_profile = image.info.get("icc_profile")
+            if image.has_transparency_data:
+                image = Image.alpha_composite(
+                    Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+                )
+            return np.asarray(image.convert("RGB")), icc_profile
+    except UnidentifiedImageError as error:
+        raise SlideError(uri, "is not an image in any format that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise SlideError(uri, f"claims an absurd extent ({error})") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SlideError(uri, f"is damaged or truncated ({error})") from error

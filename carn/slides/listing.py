@@ -1,0 +1,70 @@
+"""Find the slides below a folder or prefix."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from carn import storage
+from carn.errors import MissingObjectError
+
+logger = logging.getLogger(__name__)
+
+# What OpenSlide names as its formats (https://openslide.org/formats/). A name only proposes: what a
+# file is gets decided by its content, when it is opened.
+SLIDE_SUFFIXES = (
+    *(".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".dcm", ".vms", ".vmu", ".czi"),
+    ".svslide",
+)
+# Where a DICOM header of an ordinary slide names its series: well within its first kilobytes.
+DICOM_HEADER_BYTES = 16 * 1024
+# Tag (0020,000E) SeriesInstanceUID in explicit little endian, the transfer syntax of image files
+# (DICOM PS3.5 section 7.1.2): group, element, "UI", 2-byte length, value.
+SERIES_UID = re.compile(rb"\x20\x00\x0e\x00UI(..)([0-9.]+)", re.DOTALL)
+
+
+def list_slides(roots: Sequence[str]) -> list[str]:
+    """The URIs of the slides below folders or prefixes, or named one by one, ordered and distinct.
+
+    Files are proposed by their suffix. Of the files of one DICOM series, which are one slide, the
+    first by name stands for all.
+
+    Raises:
+        MissingObjectError: a root is neither a file nor a folder or prefix with anything in it.
+        StorageError: storage does not answer.
+    """
+    found: set[str] = set()
+    for given in roots:
+        root = storage.normalize(given)
+        if root.lower().endswith(SLIDE_SUFFIXES) and storage.is_file(root):
+            found.add(root)
+            continue
+        below = storage.list_objects(root)
+        if not below:
+            raise MissingObjectError(root, "no file here, and no folder or prefix with files in it")
+        found.update(item.uri for item in below if item.uri.lower().endswith(SLIDE_SUFFIXES))
+    return _one_per_dicom_series(sorted(found))
+
+
+def _one_per_dicom_series(uris: list[str]) -> list[str]:
+    kept, series = [], set()
+    for uri in uris:
+        if Path(storage.name_of(uri)).suffix.lower() == ".dcm":
+            uid = _series_uid(uri)
+            if uid is not None and uid in series:
+                continue
+            series.add(uid)
+        kept.append(uri)
+    if len(kept) < len(uris):
+        logger.info("%d DICOM files are parts of %d slides", len(uris) - len(kept), len(series))
+    return kept
+
+
+def _series_uid(uri: str) -> bytes | None:
+    source = storage.open_source(uri)
+    try:
+        (header,) = source.read_ranges([(0, DICOM_HEADER_BYTES)])
+    finally:
+        source.close()
+    found = SERIES_UID.search(header)
+    return found.group(2) if found else None

@@ -1,0 +1,76 @@
+"""Open a slide by its content: the direct reader where it can, OpenSlide for the rest."""
+
+import functools
+import os
+from pathlib import Path
+
+from carn import storage
+from carn.errors import SlideError
+from carn.slides import node_cache
+from carn.slides.image import ImageSlide
+from carn.slides.openslide_reader import OpenSlideSlide
+from carn.slides.slide import Slide
+from carn.slides.tiled_jpeg import NotTiledJpegError, TiledJpegSlide
+
+# Open slides a process keeps. Each holds a descriptor and, for the largest, a few MB of tile
+# positions; work is ordered by slide, so more would not be used again.
+MAX_OPEN_SLIDES = 8
+
+
+def open_slide(uri: str | Path) -> Slide:
+    """Open a whole-slide image from a local path or `s3://`, whichever reader suits its content.
+
+    Tiled-JPEG TIFF and SVS are read directly, by byte range. Everything else goes to OpenSlide;
+    remote files of those formats are fetched once into the node's slide cache.
+
+    Raises:
+        MissingObjectError, AccessDeniedError: nothing there, or not for these credentials.
+        SlideError: an empty file, a directory, not a slide, truncated, damaged or absurd.
+        StorageError: storage does not answer.
+    """
+    name = storage.normalize(uri)
+    if not storage.is_s3(name) and Path(name).is_dir():
+        raise SlideError(name, "is a directory; name a slide file in it")
+    source = storage.open_source(name)
+    try:
+        if source.size == 0:
+            raise SlideError(name, "is an empty file")
+        try:
+            return TiledJpegSlide(source)
+        except NotTiledJpegError as error:
+            why_not_direct = str(error)
+    except BaseException:
+        source.close()
+        raise
+    source.close()
+    path, pin = node_cache.fetch(name) if storage.is_s3(name) else (Path(name), None)
+    try:
+        return OpenSlideSlide(name, path, pin=pin)
+    except SlideError as error:
+        if pin is not None:
+            pin.close()
+        raise SlideError(name, f"{error.reason}; as a tiled-JPEG TIFF: {why_not_direct}") from error
+
+
+def open_image(uri: str | Path) -> Slide:
+    """Open a plain image (PNG, JPEG, TIFF, ...) as a slide of one level, without MPP.
+
+    Raises:
+        MissingObjectError, AccessDeniedError, StorageError: it cannot be read.
+        SlideError: not an image, damaged, truncated or absurdly large.
+    """
+    return ImageSlide(storage.normalize(uri))
+
+
+def cached_slide(uri: str) -> Slide:
+    """`open_slide`, from this process's small cache of open slides.
+
+    The slide is shared: callers read from it and leave it open. It is closed when it has fallen out
+    of the cache and nobody holds it any more.
+    """
+    return _cached(os.getpid(), uri)
+
+
+@functools.lru_cache(maxsize=MAX_OPEN_SLIDES)
+def _cached(_process: int, uri: str) -> Slide:
+    return open_slide(uri)

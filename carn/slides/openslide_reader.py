@@ -1,0 +1,126 @@
+"""The reader for everything the direct one leaves: JPEG 2000, NDPI, MRXS, DICOM, BIF, SCN, ...
+
+Through OpenSlide (https://openslide.org). OpenSlide fails every read that follows a failed one on
+the same handle; here the handle is opened anew after an error, so a damaged place stays its own.
+"""
+
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+
+from carn.errors import SlideError
+from carn.slides.slide import (
+    Level,
+    Rgb,
+    Slide,
+    SlideProperties,
+    level_downsamples,
+    plausible_mpp,
+)
+
+
+class OpenSlideSlide(Slide):
+    """A slide served by OpenSlide from a local file. Opened by `carn.slides.open_slide`."""
+
+    reader = "openslide"
+
+    def __init__(self, uri: str, path: Path, *, pin: Any = None) -> None:
+        """Open a local file.
+
+        Args:
+            uri: the name errors speak of (the object's, when `path` is a cached copy).
+            path: the local file.
+            pin: kept as long as the slide is open, then closed (a cache's hold on the file).
+
+        Raises:
+            SlideError: OpenSlide cannot open it.
+        """
+        self._path = path
+        self._pin = pin
+        self._lock = threading.Lock()
+        self._handle: openslide.OpenSlide | None = _open(uri, path)
+        handle = self._handle
+        extents = list(handle.level_dimensions)
+        self._native_downsamples = handle.level_downsamples
+        levels = tuple(
+            Level(width_px=width, height_px=height, downsample=downsample)
+            for (width, height), downsample in zip(
+                extents, level_downsamples(extents) if min(extents[0]) > 0 else [1.0], strict=False
+            )
+        )
+        try:
+            super().__init__(uri, levels=levels, properties=_properties(handle))
+        except SlideError:
+            self.close()
+            raise
+
+    def _read_level(self, x: int, y: int, width: int, height: int, *, level: int) -> Rgb:
+        # OpenSlide divides the location by its own idea of the downsample.
+        downsample = self._native_downsamples[level]
+        location = (math.ceil(x * downsample), math.ceil(y * downsample))
+        with self._lock:
+            if self._handle is None:
+                self._handle = _open(self.uri, self._path)
+            try:
+                pixels = np.asarray(self._handle.read_region(location, level, (width, height)))
+            except openslide.OpenSlideError as error:
+                self._handle.close()
+                self._handle = None
+                raise self._damaged(
+                    f"OpenSlide says {str(error)!r} (region of {width} x {height} px)",
+                    x,
+                    y,
+                    level=level,
+                ) from error
+        return _on_white(pixels)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._handle is not None:
+                self._handle.close()
+                self._handle = None
+        if self._pin is not None:
+            self._pin.close()
+
+
+def _open(uri: str, path: Path) -> openslide.OpenSlide:
+    try:
+        return openslide.OpenSlide(str(path))
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        raise SlideError(uri, "is not a slide in any format that OpenSlide knows") from error
+    except openslide.OpenSlideError as error:
+        raise SlideError(uri, f"cannot be opened; OpenSlide says {str(error)!r}") from error
+
+
+def _on_white(rgba: np.ndarray[Any, np.dtype[np.uint8]]) -> Rgb:
+    """(H, W, 4) uint8 straight alpha laid over white; places without pixels are transparent."""
+    alpha = rgba[..., 3:]
+    if alpha.min() == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    weight = alpha.astype(np.uint16)
+    blended = (rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255
+    return blended.astype(np.uint8)
+
+
+def _properties(handle: openslide.OpenSlide) -> SlideProperties:
+    known = handle.properties
+    # The profile as it stands in the file comes with any region; one off the slide decodes nothing.
+    nowhere = handle.read_region((-16, -16), 0, (1, 1))
+    return SlideProperties(
+        mpp_x=plausible_mpp(_number(known.get(openslide.PROPERTY_NAME_MPP_X))),
+        mpp_y=plausible_mpp(_number(known.get(openslide.PROPERTY_NAME_MPP_Y))),
+        objective_power=_number(known.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)),
+        vendor=known.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
+        icc_profile=nowhere.info.get("icc_profile"),
+    )
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
