@@ -20,6 +20,12 @@ $(STAMP): requirements.txt requirements-dev.txt requirements.lock pyproject.toml
 
 demo: $(STAMP)  ## make slides from real tissue and build bcSR from them
 	$(BIN)/python -m carn.demo demo
+	$(BIN)/python jobs/build_bcsr.py --slides demo/slides --coordinates demo/tumor.txt demo/normal.txt \
+	  --output demo/bcsr --tile-px 512 --keep 180 --num-test 30 --num-validation 15
+	@echo
+	@echo "Next: open demo/bcsr/report.html in a browser; then give the job slides of your own:"
+	@echo "  $(BIN)/python jobs/build_bcsr.py --slides SLIDES --output DATASET --per-class None"
+	@echo "  $(BIN)/python jobs/build_bcsr.py --help"
 
 test: $(STAMP)  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"

@@ -38,7 +38,7 @@ def write_pyramid(
     """
     options = {
         "tile": (tile_px, tile_px),
-        "photometric": "ycbcr",
+        "photometric": "rgb",  # of the pixels; with JPEG, tifffile stores them as YCbCr
         "subsampling": (2, 2),
         "compression": "jpeg",
         "compressionargs": {"level": quality},

@@ -1,0 +1,1 @@
+"""bcSR, the paper's training set: coordinates, measurement, selection, splits and storage."""

@@ -1,0 +1,137 @@
+"""A finished bcSR dataset on storage: its manifest, its shards, its tiles.
+
+The manifest is written last and names every shard: a folder without one is no dataset yet.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from carn import storage
+from carn.bcsr.codec import decode
+from carn.bcsr.schema import SPLITS, TILES
+from carn.bcsr.shards import shard_uri
+from carn.errors import DatasetError, MissingObjectError
+from carn.slides.slide import Rgb
+
+MANIFEST = "manifest.json"
+FORMAT = "bcsr"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BcsrDataset:
+    """A dataset that was built whole.
+
+    Attributes:
+        uri: its folder or prefix.
+        manifest: config, counts, channel means, overlaps, inputs and shards, as the build wrote it.
+    """
+
+    uri: str
+    manifest: dict[str, Any]
+
+    @property
+    def channel_means(self) -> tuple[float, float, float]:
+        """Mean RGB of the training tiles, 0..1."""
+        red, green, blue = self.manifest["channel_means"]
+        return red, green, blue
+
+    def num_tiles(self, split: str) -> int:
+        """Tiles of a split."""
+        return int(self.manifest["splits"][_known(split)])
+
+    def table(self, split: str) -> pa.Table:
+        """All columns of TILES but the images, for the tiles of a split, in their order."""
+        names = [name for name in TILES.names if name != "image"]
+        tables = [
+            pq.read_table(io.BytesIO(content), columns=names) for content in self._shards(split)
+        ]
+        return pa.concat_tables([pa.schema(TILES.field(n) for n in names).empty_table(), *tables])
+
+    def tiles(self, split: str) -> Iterator[tuple[dict[str, Any], Rgb]]:
+        """Each tile of a split: its row (TILES without `image`) and its (H, W, 3) uint8 pixels.
+
+        Raises:
+            DatasetError: a shard or a tile in it is damaged.
+        """
+        for content in self._shards(split):
+            yield from shard_tiles(content)
+
+    def _shards(self, split: str) -> Iterator[bytes]:
+        for shard in self.manifest["shards"]:
+            if shard["split"] == _known(split):
+                yield storage.read_bytes(shard_uri(self.uri, shard["name"]))
+
+
+def shard_tiles(content: bytes) -> Iterator[tuple[dict[str, Any], Rgb]]:
+    """The rows and pixels of a shard's bytes, a row group at a time.
+
+    Raises:
+        DatasetError: a tile is damaged.
+    """
+    for batch in pq.ParquetFile(io.BytesIO(content)).iter_batches(batch_size=1):
+        (row,) = batch.to_pylist()
+        image = row.pop("image")
+        try:
+            yield row, decode(image, row["encoding"])
+        except ValueError as error:
+            raise DatasetError(f"tile {row['tile_id']}: {error}") from error
+
+
+def read_manifest(uri: str) -> dict[str, Any] | None:
+    """The manifest of a dataset, or None where there is none (yet).
+
+    Raises:
+        DatasetError: the manifest is of something else, or of a newer format.
+    """
+    try:
+        content = storage.read_bytes(storage.join(uri, MANIFEST))
+    except MissingObjectError:
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+        found = manifest["format"], manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{uri}/{MANIFEST} is not the manifest of a bcSR dataset") from error
+    if found != (FORMAT, FORMAT_VERSION):
+        raise DatasetError(
+            f"{uri} holds {found[0]} of format version {found[1]}; this version of carn reads "
+            f"{FORMAT} of version {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def open_dataset(uri: str) -> BcsrDataset:
+    """Open a finished dataset.
+
+    Raises:
+        DatasetError: there is none, or it is unfinished or of another format.
+        AccessDeniedError, StorageError: storage does not let it be read.
+    """
+    uri = storage.normalize(uri)
+    manifest = read_manifest(uri)
+    if manifest is None:
+        raise DatasetError(
+            f"{uri} holds no finished bcSR dataset ({MANIFEST} is missing); build it with "
+            "jobs/build_bcsr.py, which completes what an interrupted run began"
+        )
+    return BcsrDataset(uri=uri, manifest=manifest)
+
+
+def write_manifest(uri: str, manifest: dict[str, Any]) -> None:
+    """Commit a dataset: from now on it exists, and is this."""
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+    storage.write_bytes(storage.join(uri, MANIFEST), text.encode() + b"\n")
+
+
+def _known(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"{split!r} is no split; there are {', '.join(SPLITS)}")
+    return split

@@ -1,0 +1,60 @@
+"""From HR to LR: the bicubic degradation that super-resolution is trained and judged on."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from carn.slides.slide import Rgb
+
+SCALES = (2, 3, 4, 8)
+
+# What happens at the image's border. `renormalized`: the kernel's part inside the image, its
+# weights scaled to sum to one (Pillow, torch). `symmetric`: the image is mirrored (MATLAB's
+# imresize, by which the published LR sets of the EDSR family were made).
+Border = Literal["renormalized", "symmetric"]
+
+
+def crop_to_multiple(hr: Rgb, scale: int) -> Rgb:
+    """The top-left part of an image whose sides are multiples of `scale`: (H, W, C) -> a view."""
+    height, width = hr.shape[:2]
+    return hr[: height - height % scale, : width - width % scale]
+
+
+def degrade(hr: Rgb, *, scale: int, border: Border = "renormalized") -> Rgb:
+    """LR of an HR image: antialiased bicubic (a = -0.5), HR cropped to a multiple of the scale.
+
+    Computed by torch's antialiased bicubic interpolation in float32 and rounded. Pillow's BICUBIC
+    is the same kernel in fixed point and differs by at most one grey level. With
+    `border="symmetric"` it equals MATLAB's imresize(hr, 1 / scale, "bicubic") but for roundings.
+    Source: R. Keys 1981, https://doi.org/10.1109/TASSP.1981.1163711, stretched by the scale.
+
+    Args:
+        hr: (H, W, C) uint8.
+        scale: 2, 3, 4 or 8.
+        border: see Border; it matters within 2 LR px of the edge only.
+
+    Returns:
+        (H // scale, W // scale, C) uint8.
+
+    Raises:
+        ValueError: another scale, or an image smaller than one LR px.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale} is not one of {', '.join(map(str, SCALES))}")
+    hr = crop_to_multiple(hr, scale)
+    if 0 in hr.shape:
+        raise ValueError(f"an image of {hr.shape[1]} x {hr.shape[0]} px has no LR at scale {scale}")
+    # The kernel reaches 2 LR px; a multiple of the scale keeps LR and HR grids aligned.
+    margin = 0
+    if border == "symmetric":
+        margin = 4
+        hr = np.pad(hr, ((margin * scale,) * 2, (margin * scale,) * 2, (0, 0)), mode="symmetric")
+    pixels = torch.from_numpy(np.ascontiguousarray(hr)).permute(2, 0, 1)[None].float()
+    size = (hr.shape[0] // scale, hr.shape[1] // scale)
+    small = functional.interpolate(
+        pixels, size=size, mode="bicubic", align_corners=False, antialias=True
+    )
+    lr = small.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(lr[margin : size[0] - margin, margin : size[1] - margin])

@@ -1,0 +1,62 @@
+"""The folder layout that the EDSR family of codebases reads.
+
+`HR/0001.png`, `LR_bicubic/X2/0001x2.png`, ...: training tiles first, the validation tiles last
+among them, then the test tiles (the published bcSR: 1..1000 and 1001..1200).
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from carn import storage
+from carn.bcsr.codec import encode
+from carn.bcsr.dataset import shard_tiles
+from carn.bcsr.degradation import degrade
+from carn.bcsr.shards import shard_uri
+
+# Written last; says which dataset the folder holds.
+EXPORT_MARKER = "export.json"
+
+
+def first_numbers(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The number (from 1) of each shard's first tile, in the manifest's order of shards."""
+    numbers, number = {}, 1
+    for shard in shards:
+        numbers[str(shard["name"])] = number
+        number += int(shard["num_tiles"])
+    return numbers
+
+
+def export_shard(
+    dataset_uri: str, export_uri: str, name: str, *, first_number: int, scales: Sequence[int]
+) -> int:
+    """Write the HR and LR images of one shard's tiles; returns how many tiles.
+
+    Raises:
+        StorageError, DatasetError: the shard cannot be read or an image not be written.
+    """
+    content = storage.read_bytes(shard_uri(dataset_uri, name))
+    number = first_number
+    for _, hr in shard_tiles(content):
+        storage.write_bytes(storage.join(export_uri, f"HR/{number:04d}.png"), encode(hr, "png"))
+        for scale in scales:
+            lr = encode(degrade(hr, scale=scale), "png")
+            path = f"LR_bicubic/X{scale}/{number:04d}x{scale}.png"
+            storage.write_bytes(storage.join(export_uri, path), lr)
+        number += 1
+    return number - first_number
+
+
+def export_state(export_uri: str) -> dict[str, Any] | None:
+    """What a finished export says it holds, or None."""
+    marker = storage.join(export_uri, EXPORT_MARKER)
+    if not storage.is_file(marker):
+        return None
+    state: dict[str, Any] = json.loads(storage.read_bytes(marker))
+    return state
+
+
+def finish_export(export_uri: str, state: dict[str, Any]) -> None:
+    """Commit an export."""
+    text = json.dumps(state, indent=1, sort_keys=True)
+    storage.write_bytes(storage.join(export_uri, EXPORT_MARKER), text.encode() + b"\n")

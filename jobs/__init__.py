@@ -1,0 +1,1 @@
+"""The Ray shell: one page per job."""

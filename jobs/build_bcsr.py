@@ -1,0 +1,594 @@
+"""Build bcSR from whole-slide images: slides + coordinates -> a checked, ranked, split dataset.
+
+Tiles are cut at level 0, white ones dropped, the rest ranked by their colour's distance from the
+mean, the farthest kept and split (the paper's rule by default; every number is an option). Where
+tiles lie comes from coordinate lists (NCRF's, or CSV), from annotations (CAMELYON/ASAP XML, NCRF
+JSON), or, with neither, from a grid over the tissue of each slide.
+
+A slide or tile that cannot be read becomes a row of failures.parquet. A run that was killed is
+completed by the same command. Output: manifest.json (written last), tiles/*.parquet,
+measured.parquet, failures.parquet and report.html.
+
+Examples:
+  python jobs/build_bcsr.py --slides slides/ --coordinates tumor.txt normal.txt --output bcsr/
+  python jobs/build_bcsr.py --slides s3://lab/slides --output s3://lab/bcsr --per-class None
+  ray job submit --working-dir . -- python jobs/build_bcsr.py --slides s3://... --output s3://...
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+# `python jobs/build_bcsr.py` puts jobs/ on the path, not the folder that holds carn/ and jobs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import tyro
+
+from carn import storage
+from carn.bcsr import build
+from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig, StoreConfig
+from carn.bcsr.coordinates import (
+    draw_positions,
+    ncrf_label,
+    read_csv,
+    read_ncrf_list,
+    resolve_slides,
+)
+from carn.bcsr.dataset import read_manifest, write_manifest
+from carn.bcsr.degradation import SCALES
+from carn.bcsr.export import export_state, finish_export, first_numbers
+from carn.bcsr.locate import LOCATED, find_annotations, name_slides
+from carn.bcsr.schema import MEASURED, SPLITS
+from carn.bcsr.shards import ShardPlan, plan_shards
+from carn.bcsr.stages import export_unit, locate_unit, measure_unit, picture_unit, write_unit
+from carn.errors import CarnError, CoordinateError, DatasetError, StorageError
+from carn.report.bcsr_report import render
+from carn.report.bcsr_summary import Place, slides_to_show, summarize, tiles_to_show
+from carn.slides.image import IMAGE_SUFFIXES
+from carn.slides.listing import list_slides
+from jobs.ray_stage import run_stage, start_ray
+
+logger = logging.getLogger("build_bcsr")
+
+# Names of the shards this job writes; nothing else below tiles/ is its to remove.
+SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}-[0-9a-f]{{12}}\.parquet")
+# Rounds of writing: one, and another each time tiles stop reading between measuring and writing.
+MAX_WRITE_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How the job runs. Nothing here changes the dataset."""
+
+    num_workers: int | None = None
+    """Most units of work at a time; None for as many as the cluster has CPUs."""
+    tiles_per_task: int = 32
+    """Tiles of a slide that one task measures."""
+    progress_s: float = 10.0
+    """Seconds between two lines of progress."""
+    on_bad_slide: Literal["fail", "skip"] = "fail"
+    """Exit status when something could not be read: 1, or 0. The dataset is finished either way."""
+    overwrite: bool = False
+    """Replace a finished dataset at the output that has other settings or inputs."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "tiles_per_task"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildJob:
+    """What `build_bcsr.py` is asked to do."""
+
+    output: str
+    """Folder or s3:// prefix of the dataset."""
+    slides: tuple[str, ...] = ()
+    """Slides: folders or s3:// prefixes, searched at any depth, or single files."""
+    coordinates: tuple[str, ...] = ()
+    """Coordinate lists: NCRF's (`Slide,x,y`, patch centres; label by file name, tumor* or normal*),
+    or .csv with a header: uri (or slide), x, y, label."""
+    csv_anchor: Literal["corner", "centre"] | None = None
+    """What x, y of a .csv are: the tile's top-left corner, or its centre. Must be said."""
+    annotations: str | None = None
+    """Folder or prefix of annotations named as their slides: CAMELYON/ASAP .xml or NCRF .json.
+    Tumour points are drawn inside tumour, normal ones on tissue outside it."""
+    images: str | None = None
+    """Instead of slides: a folder of plain images, or the published layout (a folder with HR/).
+    Each becomes a tile as it is, labelled by its subfolder; use with --split numbered or paper."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    seed: int = 1
+    """Of every random choice: the draw, points in annotations, the split."""
+    export: Literal["edsr"] | None = None
+    """Also write <output>/edsr in the layout that the EDSR family of codebases reads."""
+    export_scales: tuple[int, ...] = (2, 3, 4, 8)
+    """Scales of the exported LR images."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if bool(self.slides) == bool(self.images):
+            raise ValueError("say where the pixels are: either --slides or --images")
+        if self.images and (self.coordinates or self.annotations):
+            raise ValueError(
+                "--images takes each image whole; --coordinates and --annotations do not apply"
+            )
+        if self.coordinates and self.annotations:
+            raise ValueError("tiles come from --coordinates or from --annotations, not from both")
+        has_csv = any(uri.lower().endswith(".csv") for uri in self.coordinates)
+        if has_csv != (self.csv_anchor is not None):
+            raise ValueError(
+                "say with --csv-anchor whether x, y of the .csv are a tile's corner or its centre"
+                if has_csv
+                else "--csv-anchor is for .csv coordinates, and none are given"
+            )
+        unknown = sorted(set(self.export_scales) - set(SCALES))
+        if unknown:
+            raise ValueError(f"export_scales={unknown} are not among {SCALES}")
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the dataset, as JSON values: the config that the manifest keeps."""
+        every = dataclasses.asdict(self)
+        left_out = ("output", "run", "export", "export_scales")
+        content = {name: value for name, value in every.items() if name not in left_out}
+        settings: dict[str, Any] = json.loads(json.dumps(content))
+        return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where tiles may be cut: slides by URI with their names, and what has been asked of them."""
+
+    names: dict[str, str]
+    positions: pa.Table | None
+    missing: dict[str, int]
+    digest: str
+
+
+def main(job: BuildJob) -> int:
+    """Build the dataset; returns the process's exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    output = storage.normalize(job.output)
+    source = find_source(job)
+    manifest = read_manifest(output)
+    if manifest is not None and not job.run.overwrite:
+        _check_same(manifest, job, source, output)
+        logger.info("%s is finished already; nothing to build", output)
+    else:
+        start_ray()
+        manifest = build_dataset(job, source, output)
+    if job.export == "edsr":
+        export_edsr(job, manifest, output)
+    num_failures = manifest["counts"]["failures"]
+    print(_summary(manifest, output), flush=True)
+    return 1 if num_failures and job.run.on_bad_slide == "fail" else 0
+
+
+def build_dataset(job: BuildJob, source: Source, output: str) -> dict[str, Any]:
+    """All stages from positions to the committed manifest, which is returned."""
+    failures = _missing_failures(source.missing)
+    if job.images:
+        units = list(_image_units(job, source, output))
+        num_listed = len(units)
+    else:
+        located = source.positions
+        if located is None:
+            located, more = locate(job, source, output)
+            failures += more
+        num_listed = len(located) + sum(source.missing.values())
+        drawn = _draw(job, located)
+        units = list(_measure_units(job, drawn, output))
+    measured = pa.concat_tables(
+        [MEASURED.empty_table(), *_stage("measuring", measure_unit, units, job)]
+    )
+    measured = _with_lost(measured, units)
+    selected, plans, shard_bytes, write_failures = select_and_write(job, measured, output)
+    failures += build.measured_failures(measured) + write_failures
+    tile_px = job.filter.tile_px
+    manifest = build.make_manifest(
+        selected,
+        config=job.settings(),
+        source_digest=source.digest,
+        num_listed=num_listed,
+        num_missing=sum(source.missing.values()),
+        plans=plans,
+        shard_bytes=shard_bytes,
+        num_failures=len(failures),
+        overlaps=[] if job.images else build.overlap_report(selected, tile_px=tile_px),
+    )
+    table = build.failures_table(failures)
+    report = summarize(
+        selected,
+        manifest=manifest,
+        failures=table.to_pylist(),
+        pictures=take_pictures(job, selected),
+        max_white_fraction=_white_filter(job).max_white_fraction,
+    )
+    build.write_table(storage.join(output, "measured.parquet"), selected)
+    build.write_table(storage.join(output, "failures.parquet"), table)
+    storage.write_bytes(storage.join(output, "report.html"), render(report).encode())
+    write_manifest(output, manifest)
+    _clean_up(output, {plan.name for plan in plans}, keep_work=bool(failures))
+    return manifest
+
+
+# --------------------------------------------------------------------------------------- source
+
+
+def find_source(job: BuildJob) -> Source:
+    """List the slides (or images) and read the coordinate lists; all cheap checks are made here.
+
+    Raises:
+        CarnError: nothing there, no access, a malformed list, or no listed slide is there.
+    """
+    if job.images:
+        root = storage.normalize(job.images)
+        inner = storage.join(root, "HR")
+        found = storage.list_objects(inner) or storage.list_objects(root)
+        uris = [item.uri for item in found if item.uri.lower().endswith(IMAGE_SUFFIXES)]
+        if not uris:
+            raise StorageError(root, f"no images here ({', '.join(IMAGE_SUFFIXES)})")
+        return Source(names=name_slides(uris), positions=None, missing={}, digest=_digest(uris))
+    uris = list_slides(job.slides)
+    if not uris:
+        raise StorageError(" ".join(job.slides), "no slides here (by their file names' extensions)")
+    names = name_slides(uris)
+    if not job.coordinates:
+        below = list(find_annotations(job.annotations).values()) if job.annotations else []
+        if job.annotations and not below:
+            raise StorageError(job.annotations, "no annotations here (.xml or .json)")
+        return Source(names=names, positions=None, missing={}, digest=_digest([*uris, *below]))
+    listed = pa.concat_tables([_read_list(job, storage.normalize(uri)) for uri in job.coordinates])
+    positions, missing = resolve_slides(listed, uris)
+    counts = pc.value_counts(listed["slide"]).to_pylist()
+    num_missing = {c["values"]: c["counts"] for c in counts if c["values"] in set(missing)}
+    if missing:
+        shown = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
+        logger.warning(
+            "%d of the listed slides are not below %s (%d positions): %s",
+            *(len(missing), " ".join(job.slides), sum(num_missing.values()), shown),
+        )
+    if not len(positions):
+        raise CoordinateError(
+            f"none of the {len(missing)} listed slides is below {' '.join(job.slides)}; lists name "
+            f"slides such as {missing[0]!r}, files are named such as {storage.name_of(uris[0])!r}"
+        )
+    named = positions.set_column(
+        0, "slide", pa.array([names[u] for u in positions["uri"].to_pylist()])
+    )
+    lists = [storage.normalize(uri) for uri in job.coordinates]
+    return Source(
+        names=names, positions=named, missing=num_missing, digest=_digest([*uris, *lists])
+    )
+
+
+def _read_list(job: BuildJob, uri: str) -> pa.Table:
+    tile_px = job.filter.tile_px
+    if job.csv_anchor is not None and uri.lower().endswith(".csv"):
+        return read_csv(uri, anchor=job.csv_anchor, tile_px=tile_px)
+    label = ncrf_label(uri)
+    if label is None:
+        raise CoordinateError(
+            f"{uri}: the label of an NCRF list is told by its name, which must begin with tumor or "
+            "normal; rename it, or give a .csv with a header (uri, x, y, label)"
+        )
+    return read_ncrf_list(uri, label=label, tile_px=tile_px)
+
+
+def _digest(uris: Sequence[str]) -> str:
+    """Changes when a file is added, removed or (by size or ETag) replaced."""
+    with ThreadPoolExecutor(16) as pool:
+        stats = list(pool.map(storage.stat, uris))
+    text = json.dumps([[item.uri, item.size, item.etag] for item in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _check_same(manifest: dict[str, Any], job: BuildJob, source: Source, output: str) -> None:
+    way_out = "choose another --output, or replace it with --overwrite"
+    if manifest["config"] != job.settings():
+        known = manifest["config"]
+        changed = [name for name, value in job.settings().items() if known.get(name) != value]
+        raise DatasetError(
+            f"{output} holds a finished dataset with other settings ({', '.join(changed)}); "
+            f"{way_out}"
+        )
+    if manifest["source_digest"] != source.digest:
+        raise DatasetError(
+            f"{output} holds a finished dataset, but slides or lists were added, removed or "
+            f"changed since; {way_out}"
+        )
+
+
+# --------------------------------------------------------------------------------------- stages
+
+
+def _stage(
+    name: str, function: Any, units: Sequence[dict[str, Any]], job: BuildJob
+) -> Iterator[pa.Table]:
+    return run_stage(
+        name, function, units, num_workers=job.run.num_workers, progress_s=job.run.progress_s
+    )
+
+
+def locate(job: BuildJob, source: Source, output: str) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Positions found on the slides themselves, and FAILURES rows of slides that have none."""
+    work_uri = storage.join(output, "_work", "located")
+    common = {"tile_px": job.filter.tile_px, "work_uri": work_uri}
+    annotations = find_annotations(job.annotations) if job.annotations else {}
+    units = []
+    for uri, name in source.names.items():
+        unit = {"slide": name, "uri": uri, **common}
+        if job.annotations is None:
+            units.append(unit | {"min_tissue": job.draw.min_tissue})
+            continue
+        annotation = annotations.get(storage.stem_of(uri))
+        if annotation is None and job.draw.unannotated_slides == "skip":
+            continue
+        identity = None if annotation is None else storage.identity(annotation)
+        units.append(
+            unit
+            | {"annotation_uri": annotation, "annotation_identity": identity, "seed": job.seed}
+            | {"points_per_label": job.draw.points_per_slide}
+        )
+    if not units:
+        raise CoordinateError(
+            f"no slide has an annotation of its name below {job.annotations}; slides are named "
+            f"such as {next(iter(source.names.values()))!r}"
+        )
+    if len(units) < len(source.names):
+        logger.info("%d slides without annotation are left out", len(source.names) - len(units))
+    tables = list(_stage("locating", locate_unit, units, job))
+    found = pa.concat_tables(tables)
+    failed = found.filter(pc.is_valid(found["reason"])).to_pylist()
+    rows = [
+        {"slide": row["slide"], "uri": row["uri"], "num_tiles": 0, "stage": "locate"}
+        | {"x_l0": None, "y_l0": None, "reason": row["reason"]}
+        for row in failed
+    ]
+    located = found.filter(pc.is_null(found["reason"])).select(LOCATED.names)
+    if len(tables) < len(units):
+        raise DatasetError(f"{len(units) - len(tables)} slides were not looked at: {_LOST}")
+    if not len(located):
+        first = (
+            f"; the first failure: {failed[0]['slide']}: {failed[0]['reason']}" if failed else ""
+        )
+        raise DatasetError(f"no tile position was found on {len(units)} slides{first}")
+    return located, rows
+
+
+def _draw(job: BuildJob, located: pa.Table) -> pa.Table:
+    drawn = draw_positions(
+        located,
+        per_class=job.draw.per_class,
+        seed=job.seed,
+        even_over_slides=job.draw.even_over_slides,
+        allow_overlap=job.draw.allow_overlap,
+        tile_px=job.filter.tile_px,
+    )
+    for count in pc.value_counts(drawn["label"]).to_pylist():
+        wished = job.draw.per_class
+        short = f" (of {wished:,} wished)" if wished and count["counts"] < wished else ""
+        logger.info("drawn: %s %s tiles%s", f"{count['counts']:,}", count["values"], short)
+    return drawn
+
+
+def _measure_units(job: BuildJob, drawn: pa.Table, output: str) -> Iterator[dict[str, Any]]:
+    by_slide: dict[tuple[str, str], list[list[Any]]] = defaultdict(list)
+    side = job.filter.tile_px
+    for row in drawn.sort_by(build.TILE_ORDER).to_pylist():
+        place = [row["x_l0"], row["y_l0"], side, side, row["label"]]
+        by_slide[row["slide"], row["uri"]].append(place)
+    for (slide, uri), places in by_slide.items():
+        for start in range(0, len(places), job.run.tiles_per_task):
+            yield {
+                "slide": slide,
+                "uri": uri,
+                "places": places[start : start + job.run.tiles_per_task],
+                "grey_threshold": job.filter.grey_threshold,
+                "work_uri": storage.join(output, "_work", "measured"),
+            }
+
+
+def _image_units(job: BuildJob, source: Source, output: str) -> Iterator[dict[str, Any]]:
+    root = storage.normalize(str(job.images)).rstrip("/") + "/"
+    for uri, name in source.names.items():
+        folder = uri.removeprefix(root).rpartition("/")[0]
+        yield {
+            "slide": name,
+            "uri": uri,
+            "places": None,
+            "label": folder if folder not in ("", "HR") else "unlabeled",
+            "grey_threshold": job.filter.grey_threshold,
+            "work_uri": storage.join(output, "_work", "measured"),
+        }
+
+
+_LOST = "its reading processes died before they could say why; see the workers' logs"
+
+
+def _with_lost(measured: pa.Table, units: Sequence[dict[str, Any]]) -> pa.Table:
+    """Measured rows, with failed ones for the units that never came back."""
+    found = {
+        (row["uri"], row["x_l0"], row["y_l0"])
+        for row in measured.select(["uri", "x_l0", "y_l0"]).to_pylist()
+    }
+    rows = []
+    for unit in units:
+        for x, y, width, height, label in unit["places"] or [(0, 0, 0, 0, unit.get("label"))]:
+            if (unit["uri"], x, y) not in found:
+                row = {"slide": unit["slide"], "uri": unit["uri"], "x_l0": x, "y_l0": y}
+                row |= {"width_px": width, "height_px": height, "label": label}
+                rows.append(row | {"reason": _LOST, "failed_scope": "slide", "is_transient": True})
+    return pa.concat_tables([measured, pa.Table.from_pylist(rows, schema=MEASURED)])
+
+
+def select_and_write(
+    job: BuildJob, measured: pa.Table, output: str
+) -> tuple[pa.Table, list[ShardPlan], dict[str, int], list[dict[str, Any]]]:
+    """Choose tiles and write their shards; tiles that no longer read are chosen around.
+
+    Returns:
+        Columns of SELECTED, the shards, their sizes, and FAILURES rows.
+    """
+    write_failures: list[dict[str, Any]] = []
+    for _ in range(MAX_WRITE_ROUNDS):
+        selected = build.select_tiles(
+            measured, white=_white_filter(job), select=job.select, seed=job.seed
+        )
+        plans = plan_shards(
+            selected,
+            encoding=job.store.encoding,
+            tiles_per_shard=job.store.tiles_per_shard,
+        )
+        units = [dataclasses.asdict(plan) | {"output": output} for plan in plans]
+        results = [
+            row for table in _stage("writing", write_unit, units, job) for row in table.to_pylist()
+        ]
+        shard_bytes = {row["name"]: row["num_bytes"] for row in results}
+        broken = [row for row in results if row["num_bytes"] < 0]
+        if broken:
+            raise StorageError(output, f"a shard cannot be written: {broken[0]['failures']}")
+        if len(results) < len(plans):
+            raise DatasetError(f"{len(plans) - len(results)} shards were not written: {_LOST}")
+        failed = [tuple(failure) for row in results for failure in json.loads(row["failures"])]
+        if not failed:
+            return selected, plans, shard_bytes, write_failures
+        logger.warning("%d tiles no longer read; others are chosen in their place", len(failed))
+        before = len(build.measured_failures(measured, stage="write"))
+        measured = build.mark_failed(measured, failed)
+        write_failures = build.measured_failures(measured, stage="write")[before:]
+    raise DatasetError(
+        f"tiles that were measured stopped reading in {MAX_WRITE_ROUNDS} rounds; is the storage of "
+        "the slides failing? What is finished is kept: run again"
+    )
+
+
+def _white_filter(job: BuildJob) -> FilterConfig:
+    # Images are taken as they are: whoever made them has chosen already.
+    return dataclasses.replace(job.filter, max_white_fraction=1.0) if job.images else job.filter
+
+
+def take_pictures(job: BuildJob, selected: pa.Table) -> dict[Place, bytes]:
+    """JPEGs for the report: some slides, some kept and some dropped tiles."""
+    kept, dropped = tiles_to_show(selected)
+    with_thumbnail = set() if job.images else set(slides_to_show(selected))
+    places: dict[str, list[list[int]]] = {uri: [] for uri in sorted(with_thumbnail)}
+    for row in (*kept, *dropped):
+        place = [row["x_l0"], row["y_l0"], row["width_px"], row["height_px"]]
+        places.setdefault(row["uri"], []).append(place)
+    units = [
+        {"uri": uri, "is_image": bool(job.images), "has_thumbnail": uri in with_thumbnail}
+        | {"places": wanted}
+        for uri, wanted in places.items()
+    ]
+    return {
+        (row["uri"], row["x_l0"], row["y_l0"]): row["jpeg"]
+        for table in _stage("picturing", picture_unit, units, job)
+        for row in table.to_pylist()
+    }
+
+
+def export_edsr(job: BuildJob, manifest: dict[str, Any], output: str) -> None:
+    """Write <output>/edsr, unless it holds this dataset at these scales already."""
+    export_uri = storage.join(output, "edsr")
+    shards = [[shard["name"], shard["num_tiles"]] for shard in manifest["shards"]]
+    state = {"shards": shards, "scales": sorted(job.export_scales), "splits": manifest["splits"]}
+    known = export_state(export_uri)
+    if known == state:
+        logger.info("%s is exported already", export_uri)
+        return
+    if known is not None and not job.run.overwrite:
+        raise DatasetError(
+            f"{export_uri} holds an export of another dataset or of other scales; remove it, or "
+            "replace it with --overwrite"
+        )
+    if known is not None:
+        storage.delete_below(export_uri)
+    start_ray()
+    numbers = first_numbers(manifest["shards"])
+    units = [
+        {"output": output, "export_uri": export_uri, "name": name, "first_number": numbers[name]}
+        | {"scales": sorted(job.export_scales)}
+        for name in numbers
+    ]
+    results = [
+        row for table in _stage("exporting", export_unit, units, job) for row in table.to_pylist()
+    ]
+    reasons = [row["reason"] for row in results if row["reason"]]
+    if reasons or len(results) < len(units):
+        raise DatasetError(f"the export is incomplete: {reasons[0] if reasons else _LOST}")
+    finish_export(export_uri, state)
+
+
+# --------------------------------------------------------------------------------------- the end
+
+
+def _missing_failures(missing: dict[str, int]) -> list[dict[str, Any]]:
+    return [
+        {"slide": name, "uri": None, "x_l0": None, "y_l0": None, "num_tiles": count}
+        | {"stage": "resolve", "reason": "no file of that name among the slides"}
+        for name, count in sorted(missing.items())
+    ]
+
+
+def _clean_up(output: str, shards: set[str], *, keep_work: bool) -> None:
+    """Remove shards of an earlier selection and, unless failures are to be tried again, _work/."""
+    for item in storage.list_objects(storage.join(output, "tiles")):
+        name = storage.name_of(item.uri)
+        if SHARD_NAME.fullmatch(name) and name not in shards:
+            storage.delete([item.uri])
+    if not keep_work:
+        storage.delete_below(storage.join(output, "_work"))
+
+
+def _summary(manifest: dict[str, Any], output: str) -> str:
+    splits = manifest["splits"]
+    lines = [
+        f"bcSR is ready: {sum(splits.values()):,} tiles ("
+        + ", ".join(f"{splits[name]:,} {name}" for name in SPLITS)
+        + f") of {len(manifest['inputs']):,} slides",
+        f"  dataset  {output}",
+        f"  report   {storage.join(output, 'report.html')}",
+    ]
+    num_failures = manifest["counts"]["failures"]
+    if num_failures:
+        lines.append(
+            f"  {num_failures:,} failures, see {storage.join(output, 'failures.parquet')}; to try "
+            "them again, run the same with --overwrite"
+        )
+    return "\n".join(lines)
+
+
+def cli() -> int:
+    """Parse the command line, run, and turn expected errors into one line each."""
+    try:
+        job = tyro.cli(BuildJob, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    except ValueError as error:
+        print(f"build_bcsr: {error}", file=sys.stderr)
+        return 2
+    try:
+        return main(job)
+    except CarnError as error:
+        print(f"build_bcsr: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("build_bcsr: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

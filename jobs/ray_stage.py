@@ -1,0 +1,193 @@
+"""Run one stage of a job over many small work units with Ray Data.
+
+A unit is a dict of plain values (a slide, some positions); a stage turns it into an Arrow table of
+small rows. Units are independent tasks of one CPU: they start on one core and spread over any
+cluster, need no actor that could starve the tasks feeding it, and a worker process keeps its open
+slides from one unit to the next.
+
+A unit that kills its process (a decoder that segfaults, memory that runs out) would be retried by
+Ray for ever. A ledger, an actor outside the worker processes, counts the attempts: after
+MAX_ATTEMPTS the unit is not begun again but turned into its failure.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from carn.errors import CarnError
+
+logger = logging.getLogger(__name__)
+
+# Times a unit may take its worker process down before it is given up. Three, because a preempted
+# node or an overcommitted one also kills processes, through no fault of the unit.
+MAX_ATTEMPTS = 3
+# A second net under the ledger's: processes that die before they begin a unit.
+MAX_RETRIES = 8
+
+Unit = dict[str, Any]
+Attempt = Callable[[str], AbstractContextManager[None]]
+StageFunction = Callable[[Unit, Attempt], pa.Table]
+
+
+class ProcessDiedError(CarnError):
+    """Reading something took the reading process down, every time."""
+
+
+class _Ledger:
+    """Counts, per key, attempts that began and did not end."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, int] = {}
+
+    def begin(self, key: str) -> int:
+        self._begun[key] = self._begun.get(key, 0) + 1
+        return self._begun[key]
+
+    def end(self, key: str) -> None:
+        self._begun[key] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a stage is.
+
+    Attributes:
+        num_done, num_units: units.
+        seconds: since the stage began.
+    """
+
+    num_done: int
+    num_units: int
+    seconds: float
+
+    def __str__(self) -> str:
+        left = self.seconds / max(self.num_done, 1) * (self.num_units - self.num_done)
+        share = self.num_done / max(self.num_units, 1)
+        text = f"{self.num_done:,} of {self.num_units:,} ({share:.0%}) in {_duration(self.seconds)}"
+        return text + (f", about {_duration(left)} left" if self.num_done < self.num_units else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def start_ray() -> None:
+    """Connect to the cluster of RAY_ADDRESS (`ray job submit` sets it), or start Ray here."""
+    if ray.is_initialized():
+        return
+    root = str(Path(__file__).resolve().parents[1])
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if "RAY_ADDRESS" not in os.environ:
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+        }
+    ray.init(**options)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A block is lost only when its processes died MAX_RETRIES times; the caller finds its units
+    # missing and says so.
+    context.max_errored_blocks = -1
+    for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def run_stage(
+    name: str,
+    function: StageFunction,
+    units: Sequence[Unit],
+    *,
+    num_workers: int | None = None,
+    progress_s: float = 10.0,
+) -> Iterator[pa.Table]:
+    """Run a function over units on the cluster; yields its tables as they are done, in any order.
+
+    Args:
+        name: of the stage, in logs.
+        function: `(unit, attempt) -> table`. It enters `attempt(key)` round whatever may take the
+            process down; entering raises ProcessDiedError when it did so MAX_ATTEMPTS times.
+            It raises nothing else: what fails becomes rows.
+        units: JSON-like dicts.
+        num_workers: most units at a time; None for what the cluster's CPUs hold.
+        progress_s: seconds between two lines of progress in the log.
+    """
+    if not units:
+        return
+    started = reported = time.monotonic()
+    ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote()
+    rows = [{"unit": json.dumps(unit)} for unit in units]
+    call: Any = _call  # Ray's annotation of what it calls leaves keyword arguments out
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        call,
+        fn_kwargs={"function": function, "stage": name, "ledger": ledger},
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=num_workers),
+        num_cpus=1,
+        ray_remote_args_fn=_remote_args,
+    )
+    num_done = 0
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        results: Any = table["result"]
+        for content in results.to_pylist():
+            yield pa.ipc.open_stream(content).read_all()
+            num_done += 1
+        now = time.monotonic()
+        if now - reported >= progress_s and num_done < len(units):
+            reported = now
+            logger.info(
+                "%s: %s",
+                name,
+                Progress(num_done=num_done, num_units=len(units), seconds=now - started),
+            )
+    seconds = time.monotonic() - started
+    logger.info("%s: %s", name, Progress(num_done=num_done, num_units=len(units), seconds=seconds))
+
+
+def _remote_args() -> dict[str, Any]:
+    return {"max_retries": MAX_RETRIES}
+
+
+def _call(batch: pa.Table, *, function: StageFunction, stage: str, ledger: Any) -> pa.Table:
+    @contextmanager
+    def attempt(key: str) -> Iterator[None]:
+        key = f"{stage}|{key}"
+        if ray.get(ledger.begin.remote(key)) > MAX_ATTEMPTS:
+            raise ProcessDiedError(
+                f"reading it took the process down {MAX_ATTEMPTS} times (a crash in a decoder, or "
+                "memory that ran out); see the worker's log"
+            )
+        try:
+            yield
+        finally:
+            ledger.end.remote(key)
+
+    tables = [function(json.loads(unit), attempt) for unit in batch["unit"].to_pylist()]
+    # Tables of one stage may differ in their all-null columns' types once they pass through Ray's
+    # block builders; serialized, they arrive as they were made.
+    return pa.table({"result": [_serialize(table) for table in tables]})
+
+
+def _serialize(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
