@@ -196,8 +196,12 @@ def build_dataset(job: BuildJob, source: Source, output: str) -> dict[str, Any]:
         [MEASURED.empty_table(), *_stage("measuring", measure_unit, units, job)]
     )
     measured = _with_lost(measured, units)
+    failures += build.measured_failures(measured)
+    # Written before the selection as well: when nothing is left to select, it says why.
+    failures_uri = storage.join(output, "failures.parquet")
+    build.write_table(failures_uri, build.failures_table(failures))
     selected, plans, shard_bytes, write_failures = select_and_write(job, measured, output)
-    failures += build.measured_failures(measured) + write_failures
+    failures += write_failures
     tile_px = job.filter.tile_px
     manifest = build.make_manifest(
         selected,
@@ -219,7 +223,7 @@ def build_dataset(job: BuildJob, source: Source, output: str) -> dict[str, Any]:
         max_white_fraction=_white_filter(job).max_white_fraction,
     )
     build.write_table(storage.join(output, "measured.parquet"), selected)
-    build.write_table(storage.join(output, "failures.parquet"), table)
+    build.write_table(failures_uri, table)
     storage.write_bytes(storage.join(output, "report.html"), render(report).encode())
     write_manifest(output, manifest)
     _clean_up(output, {plan.name for plan in plans}, keep_work=bool(failures))
@@ -257,7 +261,7 @@ def find_source(job: BuildJob) -> Source:
     counts = pc.value_counts(listed["slide"]).to_pylist()
     num_missing = {c["values"]: c["counts"] for c in counts if c["values"] in set(missing)}
     if missing:
-        shown = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
+        shown = ", ".join(missing)
         logger.warning(
             "%d of the listed slides are not below %s (%d positions): %s",
             *(len(missing), " ".join(job.slides), sum(num_missing.values()), shown),

@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 # Times a unit may take its worker process down before it is given up. Three, because a preempted
 # node or an overcommitted one also kills processes, through no fault of the unit.
 MAX_ATTEMPTS = 3
-# A second net under the ledger's: processes that die before they begin a unit.
-MAX_RETRIES = 8
 
 Unit = dict[str, Any]
 Attempt = Callable[[str], AbstractContextManager[None]]
@@ -102,11 +100,14 @@ def start_ray() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # A block is lost only when its processes died MAX_RETRIES times; the caller finds its units
-    # missing and says so.
+    # Whatever is lost for good costs its own unit only; the caller finds it missing and says so.
     context.max_errored_blocks = -1
-    for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in (
+        "ray.data",
+        "ray.data._internal.execution.streaming_executor",
+        "ray.data._internal.progress",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run_stage(
@@ -141,7 +142,6 @@ def run_stage(
         batch_format="pyarrow",
         compute=ray.data.TaskPoolStrategy(size=num_workers),
         num_cpus=1,
-        ray_remote_args_fn=_remote_args,
     )
     num_done = 0
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -159,10 +159,6 @@ def run_stage(
             )
     seconds = time.monotonic() - started
     logger.info("%s: %s", name, Progress(num_done=num_done, num_units=len(units), seconds=seconds))
-
-
-def _remote_args() -> dict[str, Any]:
-    return {"max_retries": MAX_RETRIES}
 
 
 def _call(batch: pa.Table, *, function: StageFunction, stage: str, ledger: Any) -> pa.Table:

@@ -56,7 +56,7 @@ def _one_per_dicom_series(uris: list[str]) -> list[str]:
             series.add(uid)
         kept.append(uri)
     if len(kept) < len(uris):
-        logger.info("%d DICOM files are parts of %d slides", len(uris) - len(kept), len(series))
+        logger.info("%d DICOM files make up %d slides", _count_dicom(uris), _count_dicom(kept))
     return kept
 
 
@@ -68,3 +68,7 @@ def _series_uid(uri: str) -> bytes | None:
         source.close()
     found = SERIES_UID.search(header)
     return found.group(2) if found else None
+
+
+def _count_dicom(uris: list[str]) -> int:
+    return sum(uri.lower().endswith(".dcm") for uri in uris)

@@ -11,12 +11,13 @@ from carn.slides.slide import Rgb, Slide
 # Longest side of the picture the tissue is looked for on: at 2048 px one mask px of a 100,000-px
 # slide covers 50 px, a fraction of a 1024-px tile, and reading it costs a few MB.
 MASK_SIDE_PX = 2048
-# Tissue differs from glass in colour or in darkness. Saturation is found by Otsu's threshold, but
-# never below this (of 255): on an empty slide Otsu would split the noise of the glass.
+# Stained tissue differs from glass by its colour; colourless grey is dust, a coverslip's edge or a
+# scanner's frame. The threshold is Otsu's, but never below this (of 255): on an empty slide Otsu
+# would split the noise of the glass.
 MIN_SATURATION = 15
-# Grey values up to which colourless pixels count as tissue at all (pigment, folds); black frames
-# and pen strokes are darker than MIN_GREY.
-MAX_GREY = 200
+# Nor above this: where the stain is bimodal itself, Otsu would part strong from weak.
+MAX_SATURATION = 40
+# Black ink and frames are darker than this in every channel.
 MIN_GREY = 30
 
 
@@ -50,7 +51,7 @@ def tissue_mask(pixels: Rgb) -> NDArray[np.bool_]:
     """True on tissue, for a picture of a slide on a light background.
 
     Saturation above Otsu's threshold (Otsu 1979, https://doi.org/10.1109/TSMC.1979.4310076), as is
-    usual for H&E, plus grey pixels too dark for glass; specks and pinholes below about 50 px go.
+    usual for H&E. Specks narrower than 3 px go, and gaps narrower than 7 px are filled.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
@@ -65,10 +66,8 @@ def tissue_mask(pixels: Rgb) -> NDArray[np.bool_]:
     considered = saturation[high >= MIN_GREY]
     limit = float(MIN_SATURATION)
     if considered.size and considered.min() < considered.max():
-        # Otsu may land inside stained tissue when that is bimodal itself: never above 40.
-        limit = min(max(limit, float(threshold_otsu(considered))), 40.0)
-    tissue = (saturation > limit) | (high <= MAX_GREY)
-    tissue &= high >= MIN_GREY
+        limit = min(max(limit, float(threshold_otsu(considered))), MAX_SATURATION)
+    tissue = (saturation > limit) & (high >= MIN_GREY)
     tissue = ndimage.binary_opening(tissue, structure=np.ones((3, 3)))
     tissue = ndimage.binary_closing(tissue, structure=np.ones((7, 7)))
     cleaned: NDArray[np.bool_] = tissue
