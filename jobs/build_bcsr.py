@@ -57,7 +57,7 @@ from carn.report.bcsr_report import render
 from carn.report.bcsr_summary import Place, slides_to_show, summarize, tiles_to_show
 from carn.slides.image import IMAGE_SUFFIXES
 from carn.slides.listing import list_slides
-from jobs.ray_stage import run_stage, start_ray
+from jobs.ray_stage import StageRunner, start_ray
 
 logger = logging.getLogger("build_bcsr")
 
@@ -169,7 +169,6 @@ def main(job: BuildJob) -> int:
         _check_same(manifest, job, source, output)
         logger.info("%s is finished already; nothing to build", output)
     else:
-        start_ray()
         manifest = build_dataset(job, source, output)
     if job.export == "edsr":
         export_edsr(job, manifest, output)
@@ -180,6 +179,7 @@ def main(job: BuildJob) -> int:
 
 def build_dataset(job: BuildJob, source: Source, output: str) -> dict[str, Any]:
     """All stages from positions to the committed manifest, which is returned."""
+    runner = _start_runner(job)
     failures = _missing_failures(source.missing)
     if job.images:
         units = list(_image_units(job, source, output))
@@ -187,20 +187,20 @@ def build_dataset(job: BuildJob, source: Source, output: str) -> dict[str, Any]:
     else:
         located = source.positions
         if located is None:
-            located, more = locate(job, source, output)
+            located, more = locate(job, source, output, runner)
             failures += more
         num_listed = len(located) + sum(source.missing.values())
         drawn = _draw(job, located)
         units = list(_measure_units(job, drawn, output))
     measured = pa.concat_tables(
-        [MEASURED.empty_table(), *_stage("measuring", measure_unit, units, job)]
+        [MEASURED.empty_table(), *runner.run("measuring", measure_unit, units)]
     )
     measured = _with_lost(measured, units)
     failures += build.measured_failures(measured)
     # Written before the selection as well: when nothing is left to select, it says why.
     failures_uri = storage.join(output, "failures.parquet")
     build.write_table(failures_uri, build.failures_table(failures))
-    selected, plans, shard_bytes, write_failures = select_and_write(job, measured, output)
+    selected, plans, shard_bytes, write_failures = select_and_write(job, measured, output, runner)
     failures += write_failures
     tile_px = job.filter.tile_px
     manifest = build.make_manifest(
@@ -219,7 +219,7 @@ def build_dataset(job: BuildJob, source: Source, output: str) -> dict[str, Any]:
         selected,
         manifest=manifest,
         failures=table.to_pylist(),
-        pictures=take_pictures(job, selected),
+        pictures=take_pictures(job, selected, runner),
         max_white_fraction=_white_filter(job).max_white_fraction,
     )
     build.write_table(storage.join(output, "measured.parquet"), selected)
@@ -320,15 +320,14 @@ def _check_same(manifest: dict[str, Any], job: BuildJob, source: Source, output:
 # --------------------------------------------------------------------------------------- stages
 
 
-def _stage(
-    name: str, function: Any, units: Sequence[dict[str, Any]], job: BuildJob
-) -> Iterator[pa.Table]:
-    return run_stage(
-        name, function, units, num_workers=job.run.num_workers, progress_s=job.run.progress_s
-    )
+def _start_runner(job: BuildJob) -> StageRunner:
+    start_ray()
+    return StageRunner(num_workers=job.run.num_workers, progress_s=job.run.progress_s)
 
 
-def locate(job: BuildJob, source: Source, output: str) -> tuple[pa.Table, list[dict[str, Any]]]:
+def locate(
+    job: BuildJob, source: Source, output: str, runner: StageRunner
+) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Positions found on the slides themselves, and FAILURES rows of slides that have none."""
     work_uri = storage.join(output, "_work", "located")
     common = {"tile_px": job.filter.tile_px, "work_uri": work_uri}
@@ -355,7 +354,7 @@ def locate(job: BuildJob, source: Source, output: str) -> tuple[pa.Table, list[d
         )
     if len(units) < len(source.names):
         logger.info("%d slides without annotation are left out", len(source.names) - len(units))
-    tables = list(_stage("locating", locate_unit, units, job))
+    tables = list(runner.run("locating", locate_unit, units))
     found = pa.concat_tables(tables)
     failed = found.filter(pc.is_valid(found["reason"])).to_pylist()
     rows = [
@@ -441,7 +440,7 @@ def _with_lost(measured: pa.Table, units: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def select_and_write(
-    job: BuildJob, measured: pa.Table, output: str
+    job: BuildJob, measured: pa.Table, output: str, runner: StageRunner
 ) -> tuple[pa.Table, list[ShardPlan], dict[str, int], list[dict[str, Any]]]:
     """Choose tiles and write their shards; tiles that no longer read are chosen around.
 
@@ -460,7 +459,7 @@ def select_and_write(
         )
         units = [dataclasses.asdict(plan) | {"output": output} for plan in plans]
         results = [
-            row for table in _stage("writing", write_unit, units, job) for row in table.to_pylist()
+            row for table in runner.run("writing", write_unit, units) for row in table.to_pylist()
         ]
         shard_bytes = {row["name"]: row["num_bytes"] for row in results}
         broken = [row for row in results if row["num_bytes"] < 0]
@@ -486,7 +485,7 @@ def _white_filter(job: BuildJob) -> FilterConfig:
     return dataclasses.replace(job.filter, max_white_fraction=1.0) if job.images else job.filter
 
 
-def take_pictures(job: BuildJob, selected: pa.Table) -> dict[Place, bytes]:
+def take_pictures(job: BuildJob, selected: pa.Table, runner: StageRunner) -> dict[Place, bytes]:
     """JPEGs for the report: some slides, some kept and some dropped tiles."""
     kept, dropped = tiles_to_show(selected)
     with_thumbnail = set() if job.images else set(slides_to_show(selected))
@@ -501,7 +500,7 @@ def take_pictures(job: BuildJob, selected: pa.Table) -> dict[Place, bytes]:
     ]
     return {
         (row["uri"], row["x_l0"], row["y_l0"]): row["jpeg"]
-        for table in _stage("picturing", picture_unit, units, job)
+        for table in runner.run("picturing", picture_unit, units)
         for row in table.to_pylist()
     }
 
@@ -522,7 +521,7 @@ def export_edsr(job: BuildJob, manifest: dict[str, Any], output: str) -> None:
         )
     if known is not None:
         storage.delete_below(export_uri)
-    start_ray()
+    runner = _start_runner(job)
     numbers = first_numbers(manifest["shards"])
     units = [
         {"output": output, "export_uri": export_uri, "name": name, "first_number": numbers[name]}
@@ -530,7 +529,7 @@ def export_edsr(job: BuildJob, manifest: dict[str, Any], output: str) -> None:
         for name in numbers
     ]
     results = [
-        row for table in _stage("exporting", export_unit, units, job) for row in table.to_pylist()
+        row for table in runner.run("exporting", export_unit, units) for row in table.to_pylist()
     ]
     reasons = [row["reason"] for row in results if row["reason"]]
     if reasons or len(results) < len(units):

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -110,61 +111,66 @@ def start_ray() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def run_stage(
-    name: str,
-    function: StageFunction,
-    units: Sequence[Unit],
-    *,
-    num_workers: int | None = None,
-    progress_s: float = 10.0,
-) -> Iterator[pa.Table]:
-    """Run a function over units on the cluster; yields its tables as they are done, in any order.
+class StageRunner:
+    """Runs the stages of one job on the cluster that `start_ray` connected to."""
 
-    Args:
-        name: of the stage, in logs.
-        function: `(unit, attempt) -> table`. It enters `attempt(key)` round whatever may take the
-            process down; entering raises ProcessDiedError when it did so MAX_ATTEMPTS times.
-            It raises nothing else: what fails becomes rows.
-        units: JSON-like dicts.
-        num_workers: most units at a time; None for what the cluster's CPUs hold.
-        progress_s: seconds between two lines of progress in the log.
-    """
-    if not units:
-        return
-    started = reported = time.monotonic()
-    ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote()
-    rows = [{"unit": json.dumps(unit)} for unit in units]
-    call: Any = _call  # Ray's annotation of what it calls leaves keyword arguments out
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        call,
-        fn_kwargs={"function": function, "stage": name, "ledger": ledger},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=num_workers),
-        num_cpus=1,
-    )
-    num_done = 0
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        results: Any = table["result"]
-        for content in results.to_pylist():
-            yield pa.ipc.open_stream(content).read_all()
-            num_done += 1
-        now = time.monotonic()
-        if now - reported >= progress_s and num_done < len(units):
-            reported = now
-            logger.info(
-                "%s: %s",
-                name,
-                Progress(num_done=num_done, num_units=len(units), seconds=now - started),
-            )
-    seconds = time.monotonic() - started
-    logger.info("%s: %s", name, Progress(num_done=num_done, num_units=len(units), seconds=seconds))
+    def __init__(self, *, num_workers: int | None = None, progress_s: float = 10.0) -> None:
+        """Start the ledger.
+
+        Args:
+            num_workers: most units at a time; None for what the cluster's CPUs hold.
+            progress_s: seconds between two lines of progress in the log.
+        """
+        self._num_workers = num_workers
+        self._progress_s = progress_s
+        # One for all stages: starting its process costs two CPU seconds.
+        remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        self._ledger = remote(_Ledger).remote()
+
+    def run(self, name: str, function: StageFunction, units: Sequence[Unit]) -> Iterator[pa.Table]:
+        """Run a function over units; yields its tables as they are done, in any order.
+
+        Args:
+            name: of the stage, in logs.
+            function: `(unit, attempt) -> table`. It enters `attempt(key)` round whatever may take
+                the process down; entering raises ProcessDiedError when it did so MAX_ATTEMPTS
+                times. It raises nothing else: what fails becomes rows.
+            units: JSON-like dicts.
+        """
+        if not units:
+            return
+        started = reported = time.monotonic()
+        rows = [{"unit": json.dumps(unit)} for unit in units]
+        call: Any = _call  # Ray's annotation of what it calls leaves keyword arguments out
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            call,
+            fn_kwargs={"function": function, "run_id": uuid.uuid4().hex, "ledger": self._ledger},
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(size=self._num_workers),
+            num_cpus=1,
+        )
+        num_done = 0
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            results: Any = table["result"]
+            for content in results.to_pylist():
+                yield pa.ipc.open_stream(content).read_all()
+                num_done += 1
+            now = time.monotonic()
+            if now - reported >= self._progress_s and num_done < len(units):
+                reported = now
+                _report(name, num_done, len(units), seconds=now - started)
+        _report(name, num_done, len(units), seconds=time.monotonic() - started)
 
 
-def _call(batch: pa.Table, *, function: StageFunction, stage: str, ledger: Any) -> pa.Table:
+def _report(name: str, num_done: int, num_units: int, *, seconds: float) -> None:
+    logger.info("%s: %s", name, Progress(num_done=num_done, num_units=num_units, seconds=seconds))
+
+
+def _call(batch: pa.Table, *, function: StageFunction, run_id: str, ledger: Any) -> pa.Table:
     @contextmanager
     def attempt(key: str) -> Iterator[None]:
-        key = f"{stage}|{key}"
+        key = f"{run_id}|{key}"
         if ray.get(ledger.begin.remote(key)) > MAX_ATTEMPTS:
             raise ProcessDiedError(
                 f"reading it took the process down {MAX_ATTEMPTS} times (a crash in a decoder, or "

@@ -1,0 +1,63 @@
+"""One Ray for all tests of the jobs; they share an xdist group, so one process holds it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Loopback only: without this, tests would write a token file into the user's home.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    import ray
+
+    from jobs.ray_stage import start_ray
+
+    os.environ.pop("RAY_ADDRESS", None)
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def ray_here_s3(ray_here: None) -> Iterator[str]:
+    """An empty bucket at an S3 server over HTTP that Ray's workers know of, too."""
+    import uuid
+
+    import boto3
+    import ray
+
+    from jobs.ray_stage import start_ray
+
+    given = os.environ.get("CARN_TEST_S3_ENDPOINT")
+    server = None
+    if given is None:
+        from moto.server import ThreadedMotoServer
+
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        given = f"http://{host}:{port}"
+    settings = {
+        "AWS_ENDPOINT_URL": given,
+        "AWS_ACCESS_KEY_ID": os.environ.get("CARN_TEST_S3_KEY", "test"),
+        "AWS_SECRET_ACCESS_KEY": os.environ.get("CARN_TEST_S3_SECRET", "test"),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        bucket = f"test-{uuid.uuid4().hex[:12]}"
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        # Workers take their environment from the Ray instance that starts them.
+        ray.shutdown()
+        start_ray()
+        yield f"s3://{bucket}"
+        ray.shutdown()
+    start_ray()
+    if server is not None:
+        server.stop()

@@ -1,0 +1,605 @@
+"""The whole job on drawn slides, in every way it is run."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import simplejpeg
+from PIL import Image
+from scipy import ndimage
+
+from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig, StoreConfig
+from carn.bcsr.dataset import open_dataset
+from carn.bcsr.degradation import degrade
+from carn.bcsr.stages import measure_unit
+from carn.errors import CoordinateError, DatasetError, MissingObjectError, StorageError
+from carn.slides import open_slide
+from carn.slides.pyramid import write_pyramid
+from jobs import build_bcsr
+from jobs.build_bcsr import BuildJob, RunConfig, main
+
+ROOT = Path(__file__).resolve().parents[2]
+TILE_PX = 64
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+
+
+def draw_slide(path: Path, seed: int, *, width: int = 640, height: int = 512) -> None:
+    """A slide with structure everywhere but a white right quarter."""
+    rng = np.random.default_rng(seed)
+    noise = ndimage.gaussian_filter(rng.normal(size=(height, width, 3)), (3, 3, 0))
+    pixels = np.clip(130 + 400 * noise + rng.uniform(-40, 40, 3), 0, 220).astype(np.uint8)
+    pixels[:, -width // 4 :] = 245
+    write_pyramid(path, pixels, mpp_um=0.25, tile_px=128)
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six slides and an NCRF list of each class; some tiles are white, two centres coincide."""
+    root = tmp_path_factory.mktemp("lab")
+    (root / "slides").mkdir()
+    rng = np.random.default_rng(0)
+    lines: dict[str, list[str]] = {"tumor": [], "normal": []}
+    for number in range(6):
+        name = f"Case_{number:03d}"
+        draw_slide(root / "slides" / f"{name}.tif", number)
+        for label in lines:
+            xy = np.stack([rng.integers(32, 608, 12), rng.integers(32, 480, 12)], axis=1)
+            lines[label] += [f"{name},{x},{y}" for x, y in xy]
+    for label, rows in lines.items():
+        (root / f"{label}.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def make_job(lab: Path, output: Path | str, **changes: object) -> BuildJob:
+    fields: dict[str, object] = {
+        "slides": (str(lab / "slides"),),
+        "coordinates": (str(lab / "tumor.txt"), str(lab / "normal.txt")),
+        "output": str(output),
+        "draw": DrawConfig(per_class=50),
+        "filter": FilterConfig(tile_px=TILE_PX),
+        "select": SelectConfig(keep=60, num_test=10, num_validation=5),
+        "store": StoreConfig(tiles_per_shard=16),
+    }
+    return BuildJob(**(fields | changes))  # type: ignore[arg-type]
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def built(slides: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+    """The dataset of an undisturbed run."""
+    output = tmp_path_factory.mktemp("built") / "bcsr"
+    assert main(make_job(slides, output)) == 0
+    return output
+
+
+def test_dataset_holds_what_was_asked_for(built: Path, slides: Path) -> None:
+    dataset = open_dataset(built)
+    manifest = dataset.manifest
+    assert manifest["counts"]["drawn"] == 100
+    assert manifest["counts"]["listed"] == 144
+    num_kept = sum(manifest["splits"].values())
+    assert num_kept == 60
+    assert num_kept + manifest["counts"]["white"] + manifest["counts"]["surplus"] == 100
+    assert manifest["counts"]["white"] > 0
+    selected = pq.read_table(built / "measured.parquet").to_pylist()
+    sides: dict[str, set[str]] = {}
+    for row in selected:
+        if row["status"] in ("train", "validation", "test"):
+            sides.setdefault(row["slide"], set()).add(row["status"])
+            assert row["white_fraction"] <= 0.6
+            assert row["rank"] < 60
+        elif row["status"] == "surplus":
+            assert row["rank"] >= 60
+        else:
+            assert row["status"] == "white"
+            assert row["white_fraction"] > 0.6
+    assert all(len(found) == 1 for found in sides.values()), "a slide on two sides"
+    assert {s for found in sides.values() for s in found} == {"train", "validation", "test"}
+
+
+def test_pixels_are_those_of_the_slide(built: Path) -> None:
+    dataset = open_dataset(built)
+    count, total, area = 0, np.zeros(3), 0
+    for split in ("train", "validation", "test"):
+        assert dataset.table(split).num_rows == dataset.num_tiles(split)
+        for row, pixels in dataset.tiles(split):
+            with open_slide(row["uri"]) as slide:
+                expected = slide.read_region(row["x_l0"], row["y_l0"], TILE_PX, TILE_PX)
+            np.testing.assert_array_equal(pixels, expected)
+            assert row["split"] == split
+            assert row["mpp_x"] == pytest.approx(0.25)
+            np.testing.assert_allclose(
+                [row["mean_r"], row["mean_g"], row["mean_b"]], pixels.mean(axis=(0, 1)), rtol=1e-12
+            )
+            if split == "train":
+                total += pixels.sum(axis=(0, 1))
+                area += pixels.shape[0] * pixels.shape[1]
+            count += 1
+    assert count == 60
+    np.testing.assert_allclose(dataset.channel_means, total / area / 255, rtol=1e-12)
+
+
+def test_report_and_tables_are_beside_it(built: Path) -> None:
+    assert set(content_of(built)) >= {"manifest.json", "report.html", "measured.parquet"}
+    assert pq.read_table(built / "failures.parquet").num_rows == 0
+    assert "Case_000" in (built / "report.html").read_text()
+    assert not (built / "_work").exists()
+
+
+def test_one_worker_and_other_chunks_give_the_same_bytes(
+    built: Path, slides: Path, tmp_path: Path
+) -> None:
+    run = RunConfig(num_workers=1, tiles_per_task=3)
+    assert main(make_job(slides, tmp_path / "again", run=run)) == 0
+    assert content_of(tmp_path / "again") == content_of(built)
+
+
+def test_another_seed_gives_another_dataset(built: Path, slides: Path, tmp_path: Path) -> None:
+    assert main(make_job(slides, tmp_path / "other", seed=2)) == 0
+    assert (
+        content_of(tmp_path / "other")["measured.parquet"] != content_of(built)["measured.parquet"]
+    )
+
+
+def test_a_finished_dataset_is_left_alone(built: Path, slides: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    assert main(make_job(slides, built)) == 0
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+
+
+def test_a_finished_dataset_is_not_replaced_unasked(
+    built: Path, slides: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    output = tmp_path / "copy"
+    shutil.copytree(built, output)
+    before = content_of(output)
+    changed = make_job(slides, output, select=SelectConfig(keep=40, num_test=8, num_validation=4))
+    with pytest.raises(DatasetError, match=r"other settings \(select\).*--overwrite"):
+        main(changed)
+    assert content_of(output) == before
+    overwriting = make_job(
+        slides,
+        output,
+        select=SelectConfig(keep=40, num_test=8, num_validation=4),
+        run=RunConfig(overwrite=True),
+    )
+    assert main(overwriting) == 0
+    dataset = open_dataset(output)
+    assert sum(dataset.num_tiles(s) for s in ("train", "validation", "test")) == 40
+    names = {shard["name"] for shard in dataset.manifest["shards"]}
+    assert {path.name for path in (output / "tiles").iterdir()} == names
+
+
+def test_new_slides_are_noticed(slides: Path, tmp_path: Path, ray_here: None) -> None:
+    import shutil
+
+    lab = tmp_path / "lab"
+    shutil.copytree(slides, lab)
+    assert main(make_job(lab, tmp_path / "out")) == 0
+    draw_slide(lab / "slides" / "Case_099.tif", 99)
+    with pytest.raises(DatasetError, match="changed since"):
+        main(make_job(lab, tmp_path / "out"))
+
+
+# --------------------------------------------------------------------------------- bad slides
+
+
+@pytest.fixture
+def damaged_lab(slides: Path, tmp_path: Path) -> Path:
+    """The six slides, one damaged in one tile, one cut off, one no slide; one is missing."""
+    import shutil
+
+    lab = tmp_path / "lab"
+    shutil.copytree(slides, lab)
+    with open_slide(lab / "slides" / "Case_000.tif") as slide:
+        level = slide._jpeg_levels[0]  # type: ignore[attr-defined]
+        start, length = int(level.offsets[0]), int(level.lengths[0])
+    with (lab / "slides" / "Case_000.tif").open("r+b") as file:
+        file.seek(start + length // 2)
+        file.write(bytes(length // 2))
+    os.truncate(lab / "slides" / "Case_001.tif", 5000)
+    (lab / "slides" / "Case_002.tif").write_text("not a slide at all")
+    (lab / "slides" / "Case_003.tif").unlink()
+    with (lab / "tumor.txt").open("a") as file:
+        file.write("Case_000,10,10\n" * 1)
+    return lab
+
+
+def test_bad_slides_become_rows_and_the_rest_a_dataset(
+    damaged_lab: Path, tmp_path: Path, ray_here: None
+) -> None:
+    output = tmp_path / "out"
+    job = make_job(damaged_lab, output, draw=DrawConfig(per_class=None))
+    assert main(job) == 1
+    failures = pq.read_table(output / "failures.parquet").to_pylist()
+    by_slide: dict[str, list[dict[str, object]]] = {}
+    for row in failures:
+        by_slide.setdefault(str(row["slide"]), []).append(row)
+    assert set(by_slide) == {"Case_000", "Case_001", "Case_002", "Case_003"}
+    assert all(row["x_l0"] is not None for row in by_slide["Case_000"])
+    assert "damaged" in (output / "report.html").read_text() or by_slide["Case_000"]
+    for name in ("Case_001", "Case_002"):
+        (row,) = by_slide[name]
+        assert row["x_l0"] is None
+        assert row["num_tiles"] == 24
+    (missing,) = by_slide["Case_003"]
+    assert missing["stage"] == "resolve"
+    dataset = open_dataset(output)
+    assert dataset.num_tiles("train") > 0
+    slides_in = {row["slide"] for row, _ in dataset.tiles("train")}
+    assert slides_in <= {"Case_000", "Case_004", "Case_005"}
+    # The job has said so once; asked again, it says the same without doing anything.
+    assert main(job) == 1
+    skipping = make_job(
+        damaged_lab,
+        output,
+        draw=DrawConfig(per_class=None),
+        run=RunConfig(on_bad_slide="skip"),
+    )
+    assert main(skipping) == 0
+
+
+def test_mended_slides_come_in_with_overwrite(
+    damaged_lab: Path, slides: Path, tmp_path: Path, ray_here: None
+) -> None:
+    import shutil
+
+    output = tmp_path / "out"
+    assert main(make_job(damaged_lab, output)) == 1
+    for name in ("Case_000", "Case_001", "Case_002", "Case_003"):
+        shutil.copy(slides / "slides" / f"{name}.tif", damaged_lab / "slides")
+    shutil.copy(slides / "tumor.txt", damaged_lab)
+    assert main(make_job(damaged_lab, output, run=RunConfig(overwrite=True))) == 0
+    clean = tmp_path / "clean"
+    assert main(make_job(damaged_lab, clean)) == 0
+    assert content_of(output) == content_of(clean)
+
+
+def test_a_slide_that_kills_its_reader_every_time(
+    slides: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(unit: dict[str, object], attempt: object) -> pa.Table:
+        def attempt_and_die(key: str) -> object:
+            from contextlib import contextmanager
+
+            @contextmanager
+            def inner():  # type: ignore[no-untyped-def]
+                with attempt(key):  # type: ignore[operator]
+                    os.kill(os.getpid(), signal.SIGKILL)
+                    yield
+
+            return inner()
+
+        is_poison = unit["slide"] == "Case_004"
+        return measure_unit(unit, attempt_and_die if is_poison else attempt)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build_bcsr, "measure_unit", poisoned)
+    output = tmp_path / "out"
+    assert main(make_job(slides, output)) == 1
+    failures = pq.read_table(output / "failures.parquet").to_pylist()
+    assert {row["slide"] for row in failures} == {"Case_004"}
+    assert all("took the process down 3 times" in row["reason"] for row in failures)
+    read = {r["slide"] for r in open_dataset(output).manifest["inputs"] if r["reader"]}
+    assert read == {f"Case_{n:03d}" for n in (0, 1, 2, 3, 5)}
+    # Another day, the slide reads: its failure was not kept as if it were the slide's own.
+    monkeypatch.undo()
+    assert main(make_job(slides, output, run=RunConfig(overwrite=True))) == 0
+
+
+def test_nothing_left_says_why(slides: Path, tmp_path: Path, ray_here: None) -> None:
+    job = make_job(slides, tmp_path / "out", filter=FilterConfig(tile_px=64, grey_threshold=0))
+    with pytest.raises(DatasetError, match=r"no tile is left to keep.*60% white"):
+        main(job)
+
+
+# ------------------------------------------------------------------------------------ being killed
+
+
+def command(slides: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, str(ROOT / "jobs" / "build_bcsr.py"), "--slides", str(slides / "slides")),
+        *("--coordinates", str(slides / "tumor.txt"), str(slides / "normal.txt")),
+        *("--output", str(output), "--per-class", "50", "--tile-px", "64", "--keep", "60"),
+        *("--num-test", "10", "--num-validation", "5", "--tiles-per-shard", "16", *more),
+    ]
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the driver and then what it started, as a node that loses power would."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for child in children:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def run_and_kill(slides: Path, output: Path, *, when: str) -> None:
+    """Start the job and kill it as soon as a file matches `when` below the output."""
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        command(slides, output, "--tiles-per-task", "2", "--num-workers", "1"),
+        env=environment,
+        cwd="/",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(output.glob(when)):
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    kill_tree(process)
+
+
+@pytest.mark.parametrize("when", ["_work/measured/*.parquet", "tiles/*.parquet"])
+def test_killed_driver_leaves_what_the_next_run_completes(
+    slides: Path, built: Path, tmp_path: Path, ray_here: None, when: str
+) -> None:
+    output = tmp_path / "out"
+    run_and_kill(slides, output, when=when)
+    assert not (output / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in output.glob(when)}
+    with pytest.raises(DatasetError, match="no finished bcSR"):
+        open_dataset(output)
+    assert main(make_job(slides, output, run=RunConfig(tiles_per_task=2))) == 0
+    assert content_of(output) == content_of(built)
+    if when.startswith("tiles"):
+        still = {path: path.stat().st_mtime_ns for path in kept if path.exists()}
+        assert still == kept, "a finished shard was written again"
+
+
+def test_killed_workers_change_nothing(slides: Path, built: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        command(slides, output, "--tiles-per-task", "2"),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    num_killed = 0
+    driver = psutil.Process(process.pid)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        # Two at the most: a unit is given up after three deaths of its process.
+        if num_killed < 2 and len(list(output.glob("_work/measured/*"))) > 4 * num_killed:
+            for child in driver.children(recursive=True):
+                if "ray::MapBatches" in " ".join(_command_line(child)):
+                    child.kill()
+                    num_killed += 1
+                    break
+        time.sleep(0.005)
+    assert process.wait(timeout=10) == 0, process.stderr.read() if process.stderr else b""
+    assert num_killed > 0
+    assert content_of(output) == content_of(built)
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
+
+
+# ------------------------------------------------------------------------------- other sources
+
+
+def test_grid_without_coordinates(slides: Path, tmp_path: Path, ray_here: None) -> None:
+    job = make_job(
+        slides,
+        tmp_path / "out",
+        coordinates=(),
+        draw=DrawConfig(per_class=None, min_tissue=0.5),
+        select=SelectConfig(keep=None, num_test=30, num_validation=20),
+    )
+    assert main(job) == 0
+    table = pq.read_table(tmp_path / "out" / "measured.parquet").to_pylist()
+    assert {row["label"] for row in table} == {"unlabeled"}
+    assert all(row["x_l0"] % TILE_PX == 0 and row["y_l0"] % TILE_PX == 0 for row in table)
+    # The right quarter is glass.
+    assert max(row["x_l0"] for row in table) < 640 * 3 // 4
+    assert len(table) > 200
+
+
+def test_annotations(slides: Path, tmp_path: Path, ray_here: None) -> None:
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    square = [[100, 100], [300, 100], [300, 300], [100, 300]]
+    for number in range(4):
+        text = json.dumps({"positive": [{"name": "_0", "vertices": square}], "negative": []})
+        (annotations / f"Case_{number:03d}.json").write_text(text)
+    job = make_job(
+        slides,
+        tmp_path / "out",
+        coordinates=(),
+        annotations=str(annotations),
+        draw=DrawConfig(points_per_slide=20),
+    )
+    assert main(job) == 0
+    table = pq.read_table(tmp_path / "out" / "measured.parquet").to_pylist()
+    assert {row["slide"] for row in table} == {f"Case_{n:03d}" for n in range(4)}
+    for row in table:
+        x, y = row["x_l0"] + TILE_PX // 2, row["y_l0"] + TILE_PX // 2
+        if row["label"] == "tumor":
+            assert 100 <= x <= 300
+            assert 100 <= y <= 300
+        else:
+            assert row["label"] == "normal"
+            overlaps = row["x_l0"] < 300 and row["x_l0"] + TILE_PX > 100
+            assert not (overlaps and row["y_l0"] < 300 and row["y_l0"] + TILE_PX > 100)
+
+
+def test_export_and_import_in_the_published_layout(
+    built: Path, slides: Path, tmp_path: Path, ray_here: None
+) -> None:
+    import shutil
+
+    output = tmp_path / "out"
+    shutil.copytree(built, output)
+    assert main(make_job(slides, output, export="edsr", export_scales=(2, 3))) == 0
+    names = sorted(path.name for path in (output / "edsr" / "HR").iterdir())
+    assert names == [f"{n:04d}.png" for n in range(1, 61)]
+    dataset = open_dataset(output)
+    tiles = [t for s in ("train", "validation", "test") for _, t in dataset.tiles(s)]
+    for number in (1, 37, 60):
+        hr = np.asarray(Image.open(output / "edsr" / "HR" / f"{number:04d}.png"))
+        np.testing.assert_array_equal(hr, tiles[number - 1])
+        for scale in (2, 3):
+            path = output / "edsr" / "LR_bicubic" / f"X{scale}" / f"{number:04d}x{scale}.png"
+            np.testing.assert_array_equal(np.asarray(Image.open(path)), degrade(hr, scale=scale))
+    with pytest.raises(DatasetError, match="other scales"):
+        main(make_job(slides, output, export="edsr", export_scales=(4,)))
+
+    imported = BuildJob(
+        output=str(tmp_path / "imported"),
+        images=str(output / "edsr"),
+        select=SelectConfig(keep=60, num_test=10, num_validation=5, split="numbered"),
+    )
+    assert main(imported) == 0
+    again = open_dataset(tmp_path / "imported")
+    assert again.manifest["splits"] == {"train": 45, "validation": 5, "test": 10}
+    numbered = {row["slide"]: pixels for row, pixels in again.tiles("test")}
+    assert sorted(numbered) == [f"{n:04d}" for n in range(51, 61)]
+    np.testing.assert_array_equal(numbered["0060"], tiles[59])
+
+
+def test_a_folder_of_images_with_a_bad_one(tmp_path: Path, ray_here: None) -> None:
+    rng = np.random.default_rng(5)
+    for label in ("tumor", "normal"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(8):
+            pixels = rng.integers(0, 255, (40 + number, 50, 3), dtype=np.uint8)
+            path = tmp_path / "images" / label / f"{label}_{number}.png"
+            Image.fromarray(pixels).save(path)
+    (tmp_path / "images" / "tumor" / "bad.jpg").write_bytes(
+        simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8))[:150]
+    )
+    job = BuildJob(
+        output=str(tmp_path / "out"),
+        images=str(tmp_path / "images"),
+        select=SelectConfig(keep=16, num_test=4, num_validation=2, split="paper"),
+        run=RunConfig(on_bad_slide="skip"),
+    )
+    assert main(job) == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.manifest["splits"] == {"train": 10, "validation": 2, "test": 4}
+    rows = [row for split in ("train", "test") for row, _ in dataset.tiles(split)]
+    assert {row["label"] for row in rows} == {"tumor", "normal"}
+    (failure,) = pq.read_table(tmp_path / "out" / "failures.parquet").to_pylist()
+    assert failure["slide"] == "bad"
+
+
+def test_on_object_storage(built: Path, slides: Path, ray_here_s3: str) -> None:
+    from carn import storage
+
+    bucket = ray_here_s3
+    for path in (slides / "slides").iterdir():
+        storage.write_bytes(f"{bucket}/lab/{path.name}", path.read_bytes())
+    for name in ("tumor.txt", "normal.txt"):
+        storage.write_bytes(f"{bucket}/lists/{name}", (slides / name).read_bytes())
+    job = make_job(
+        slides,
+        f"{bucket}/out",
+        slides=(f"{bucket}/lab",),
+        coordinates=(f"{bucket}/lists/tumor.txt", f"{bucket}/lists/normal.txt"),
+    )
+    assert main(job) == 0
+    here, there = open_dataset(built), open_dataset(f"{bucket}/out")
+    assert here.manifest["splits"] == there.manifest["splits"]
+    for split in ("train", "validation", "test"):
+        for (row, pixels), (other, others) in zip(
+            here.tiles(split), there.tiles(split), strict=True
+        ):
+            assert row["tile_id"] == other["tile_id"]
+            np.testing.assert_array_equal(pixels, others)
+    assert not [item for item in storage.list_objects(f"{bucket}/out") if "_work" in item.uri]
+
+
+# --------------------------------------------------------------------- refusals before any work
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slides": ()}, "either --slides or --images"),
+        ({"images": "x"}, "either --slides or --images"),
+        ({"annotations": "x"}, "not from both"),
+        ({"csv_anchor": "corner"}, "none are given"),
+        ({"coordinates": ("a.csv",)}, "--csv-anchor"),
+        ({"export_scales": (2, 5)}, r"\[5\]"),
+    ],
+)
+def test_contradictions_are_refused(
+    slides: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_job(slides, tmp_path, **changes)
+
+
+def test_wrong_places_are_named(slides: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingObjectError, match="nowhere"):
+        main(make_job(slides, tmp_path / "o", slides=(str(tmp_path / "nowhere"),)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "readme.md").write_text("no slide")
+    with pytest.raises(StorageError, match="no slides here"):
+        main(make_job(slides, tmp_path / "o", slides=(str(tmp_path / "empty"),)))
+    (tmp_path / "points.txt").write_text("Case_000,1,1\n")
+    with pytest.raises(CoordinateError, match="begin with tumor or normal"):
+        main(make_job(slides, tmp_path / "o", coordinates=(str(tmp_path / "points.txt"),)))
+    (tmp_path / "tumor.txt").write_text("Elsewhere,1,1\n")
+    with pytest.raises(CoordinateError, match="'Elsewhere'"):
+        main(make_job(slides, tmp_path / "o", coordinates=(str(tmp_path / "tumor.txt"),)))
+    assert not (tmp_path / "o").exists()
+
+
+def test_help_and_errors_on_the_command_line(slides: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "jobs" / "build_bcsr.py")
+    shown = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert "--max-white-fraction" in shown.stdout
+    wrong = subprocess.run(
+        [sys.executable, script, "--slides", str(tmp_path / "nowhere"), "--output", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert wrong.returncode == 2
+    assert "nowhere: no file here" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    value = subprocess.run(
+        [sys.executable, script, "--slides", "x", "--output", "x", "--tile-px", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert value.returncode == 2
+    assert "tile_px=0" in value.stderr + value.stdout
+    assert "Traceback" not in value.stderr
