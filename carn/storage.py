@@ -77,13 +77,16 @@ def normalize(uri: str | Path) -> str:
     """The one spelling of a name: absolute local path without `file://`, or `s3://bucket/key`.
 
     Raises:
-        ValueError: another scheme than file or s3, or an S3 name without a bucket.
+        ValueError: another scheme than file or s3, an S3 name without a bucket, or one that went
+            through a Path and lost a slash.
     """
     uri = str(uri)
     if is_s3(uri):
         if not _split_s3(uri)[0]:
             raise ValueError(f"{uri!r} names no bucket; write s3://bucket/prefix")
         return uri
+    if uri.startswith("s3:"):
+        raise ValueError(f"{uri!r} has lost a slash; write s3://bucket/prefix, as text, no Path")
     if uri.startswith("file://"):
         return unquote(urlparse(uri).path)
     if "://" in uri:
@@ -112,6 +115,13 @@ def _split_s3(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+def _split_object(uri: str) -> tuple[str, str]:
+    bucket, key = _split_s3(uri)
+    if not key:
+        raise MissingObjectError(uri, "names a bucket, not an object in it")
+    return bucket, key
+
+
 # -------------------------------------------------------------------------------------- reading
 
 
@@ -124,7 +134,7 @@ def stat(uri: str) -> ObjectStat:
         StorageError: it is a directory, or storage does not answer.
     """
     if is_s3(uri):
-        bucket, key = _split_s3(uri)
+        bucket, key = _split_object(uri)
         with _s3_errors(uri):
             head = _s3_client().head_object(Bucket=bucket, Key=key)
         return ObjectStat(uri=uri, size=head["ContentLength"], etag=head["ETag"].strip('"'))
@@ -167,7 +177,8 @@ def identity(uri: str) -> str:
 def list_objects(uri: str) -> list[ObjectStat]:
     """Every file or object below a folder or prefix, at any depth, ordered by name.
 
-    Hidden files (a component starting with a dot) are left out. A missing folder or an empty prefix
+    Hidden files (a component below `uri` that starts with a dot) are left out. Links are followed,
+    but not to a folder that holds them. A missing folder or an empty prefix
     gives an empty list.
 
     Raises:
@@ -185,18 +196,27 @@ def list_objects(uri: str) -> list[ObjectStat]:
                 )
                 for page in pages.paginate(Bucket=bucket, Prefix=prefix)
                 for item in page.get("Contents", [])
-                if not item["Key"].endswith("/") and "/." not in "/" + item["Key"]
+                if not item["Key"].endswith("/")
+                and "/." not in "/" + item["Key"].removeprefix(prefix)
             ]
         return sorted(found, key=lambda item: item.uri)
     stats = []
     with _local_errors(uri):
         for folder, folders, files in os.walk(uri, followlinks=True, onerror=_raise):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [
+                name
+                for name in folders
+                if not name.startswith(".") and not _leads_back(Path(folder, name))
+            ]
             for name in files:
                 path = Path(folder, name)
                 if not name.startswith(".") and path.exists():  # a dangling link is no file
                     stats.append(ObjectStat(uri=str(path), size=path.stat().st_size, etag=None))
     return sorted(stats, key=lambda item: item.uri)
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def read_bytes(uri: str) -> bytes:
@@ -206,7 +226,7 @@ def read_bytes(uri: str) -> bytes:
         MissingObjectError, AccessDeniedError, StorageError: as `stat`.
     """
     if is_s3(uri):
-        bucket, key = _split_s3(uri)
+        bucket, key = _split_object(uri)
         with _s3_errors(uri):
             return _get_body(Bucket=bucket, Key=key)
     with _local_errors(uri):
@@ -286,10 +306,10 @@ def download(uri: str, path: Path) -> None:
     """Copy an object to a local path, atomically; its parent must exist.
 
     Raises:
-        MissingObjectError, AccessDeniedError, StorageError: as `stat`.
+        MissingObjectError, AccessDeniedError, StorageError: as `stat`, or of the local path.
     """
-    bucket, key = _split_s3(uri)
-    with _temporary_beside(path) as temporary:
+    bucket, key = _split_object(uri)
+    with _local_errors(str(path)), _temporary_beside(path) as temporary:
         with _s3_errors(uri):
             _s3_client().download_file(bucket, key, str(temporary))
         temporary.replace(path)
@@ -305,7 +325,7 @@ def write_bytes(uri: str, content: bytes) -> None:
         AccessDeniedError, StorageError: the location cannot be written.
     """
     if is_s3(uri):
-        bucket, key = _split_s3(uri)
+        bucket, key = _split_object(uri)
         with _s3_errors(uri):
             _s3_client().put_object(Bucket=bucket, Key=key, Body=content)
         return
@@ -328,7 +348,7 @@ def delete(uris: Sequence[str]) -> None:
     """
     for uri in uris:
         if is_s3(uri):
-            bucket, key = _split_s3(uri)
+            bucket, key = _split_object(uri)
             with _s3_errors(uri):
                 _s3_client().delete_object(Bucket=bucket, Key=key)
         else:
@@ -427,6 +447,7 @@ def _request_pool(_process: int) -> ThreadPoolExecutor:
 
 @contextmanager
 def _s3_errors(uri: str) -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
     try:
@@ -445,7 +466,7 @@ def _s3_errors(uri: str) -> Iterator[None]:
                 "AWS_PROFILE; for a public bucket set AWS_NO_SIGN_REQUEST=true",
             ) from error
         raise StorageError(uri, f"the object store answered {code}: {error}") from error
-    except (BotoCoreError, HTTPClientError) as error:
+    except (Boto3Error, BotoCoreError, HTTPClientError) as error:
         raise StorageError(
             uri, f"the object store cannot be reached ({error}); check AWS_ENDPOINT_URL"
         ) from error

@@ -252,9 +252,12 @@ def find_source(job: BuildJob) -> Source:
         raise StorageError(" ".join(job.slides), "no slides here (by their file names' extensions)")
     names = name_slides(uris)
     if not job.coordinates:
-        below = list(find_annotations(job.annotations).values()) if job.annotations else []
+        below = list(find_annotations(job.annotations, names).values()) if job.annotations else []
         if job.annotations and not below:
-            raise StorageError(job.annotations, "no annotations here (.xml or .json)")
+            raise CoordinateError(
+                f"{job.annotations} holds no annotation (.xml or .json) named as a slide, such as "
+                f"{storage.stem_of(uris[0])!r}"
+            )
         return Source(names=names, positions=None, missing={}, digest=_digest([*uris, *below]))
     listed = pa.concat_tables([_read_list(job, storage.normalize(uri)) for uri in job.coordinates])
     positions, missing = resolve_slides(listed, uris)
@@ -331,14 +334,14 @@ def locate(
     """Positions found on the slides themselves, and FAILURES rows of slides that have none."""
     work_uri = storage.join(output, "_work", "located")
     common = {"tile_px": job.filter.tile_px, "work_uri": work_uri}
-    annotations = find_annotations(job.annotations) if job.annotations else {}
+    annotations = find_annotations(job.annotations, source.names) if job.annotations else {}
     units = []
     for uri, name in source.names.items():
         unit = {"slide": name, "uri": uri, **common}
         if job.annotations is None:
             units.append(unit | {"min_tissue": job.draw.min_tissue})
             continue
-        annotation = annotations.get(storage.stem_of(uri))
+        annotation = annotations.get(name)
         if annotation is None and job.draw.unannotated_slides == "skip":
             continue
         identity = None if annotation is None else storage.identity(annotation)
@@ -346,11 +349,6 @@ def locate(
             unit
             | {"annotation_uri": annotation, "annotation_identity": identity, "seed": job.seed}
             | {"points_per_label": job.draw.points_per_slide}
-        )
-    if not units:
-        raise CoordinateError(
-            f"no slide has an annotation of its name below {job.annotations}; slides are named "
-            f"such as {next(iter(source.names.values()))!r}"
         )
     if len(units) < len(source.names):
         logger.info("%d slides without annotation are left out", len(source.names) - len(units))
@@ -471,9 +469,12 @@ def select_and_write(
         if not failed:
             return selected, plans, shard_bytes, write_failures
         logger.warning("%d tiles no longer read; others are chosen in their place", len(failed))
-        before = len(build.measured_failures(measured, stage="write"))
         measured = build.mark_failed(measured, failed)
-        write_failures = build.measured_failures(measured, stage="write")[before:]
+        write_failures += [
+            {"slide": slide, "uri": uri, "x_l0": x, "y_l0": y, "num_tiles": 1}
+            | {"stage": "write", "reason": reason}
+            for slide, uri, x, y, reason in failed
+        ]
     raise DatasetError(
         f"tiles that were measured stopped reading in {MAX_WRITE_ROUNDS} rounds; is the storage of "
         "the slides failing? What is finished is kept: run again"

@@ -29,6 +29,8 @@ from carn.errors import DatasetError
 
 # Paper, section "Dataset": mean (R, G, B) of its training set.
 PAPER_CHANNEL_MEANS = (0.7204, 0.4298, 0.6397)
+# What is known of a tile's pixels; a row that failed has none of it.
+PIXEL_COLUMNS = ("inside_fraction", "white_fraction", "mean_r", "mean_g", "mean_b")
 # Order of tiles wherever ties or sequence matter.
 TILE_ORDER = [(name, "ascending") for name in ("slide", "y_l0", "x_l0", "label", "uri")]
 
@@ -135,7 +137,8 @@ def mark_failed(measured: pa.Table, failures: Sequence[tuple[str, str, int, int,
     for row in rows:
         reason = reasons.get((row["uri"], row["x_l0"], row["y_l0"]))
         if reason is not None:
-            row |= {"reason": reason, "failed_scope": "tile", "is_transient": True}
+            row.update(dict.fromkeys(PIXEL_COLUMNS), reason=reason, failed_scope="tile")
+            row["is_transient"] = True
     return pa.Table.from_pylist(rows, schema=MEASURED)
 
 
@@ -187,7 +190,7 @@ def make_manifest(
     """The manifest of a dataset: equal for equal inputs and settings, whatever ran it, when."""
     status = selected["status"].to_pylist()
     counts = {name: status.count(name) for name in (*SPLITS, "white", "surplus", "failed")}
-    read = selected.filter(pc.is_valid(selected["slide_identity"]))
+    read = selected.filter(pc.is_null(selected["reason"]))
     inputs = {
         row["uri"]: {
             name: row[name]
@@ -233,5 +236,11 @@ def write_table(uri: str, table: pa.Table) -> None:
 def failures_table(failures: Sequence[dict[str, Any]]) -> pa.Table:
     """FAILURES rows, ordered by slide, stage and place."""
     rows = sorted(failures, key=lambda row: json.dumps(row, sort_keys=True))
-    rows.sort(key=lambda row: (row["slide"], row["stage"], row["y_l0"] or -1, row["x_l0"] or -1))
+    rows.sort(key=lambda row: (row["slide"], row["stage"], *_place_order(row)))
     return pa.Table.from_pylist(rows, schema=FAILURES)
+
+
+def _place_order(row: dict[str, Any]) -> tuple[bool, int, int]:
+    # The slide as a whole, then its tiles, of which some lie at 0 or, over the border, below it.
+    has_place = row["x_l0"] is not None
+    return has_place, row["y_l0"] if has_place else 0, row["x_l0"] if has_place else 0

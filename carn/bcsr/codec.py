@@ -3,6 +3,7 @@
 from typing import Literal, cast, get_args
 
 import imagecodecs
+import numpy as np
 
 from carn.slides.slide import Rgb
 
@@ -20,7 +21,7 @@ def encode(pixels: Rgb, encoding: Encoding) -> bytes:
     if encoding == "jxl":
         return cast(bytes, imagecodecs.jpegxl_encode(pixels, lossless=True, effort=1, numthreads=1))
     if encoding == "png":
-        return cast(bytes, imagecodecs.png_encode(pixels, level=1))
+        return cast(bytes, imagecodecs.png_encode(np.ascontiguousarray(pixels), level=1))
     raise ValueError(f"{encoding!r} is no tile encoding; there are {get_args(Encoding)}")
 
 

@@ -6,6 +6,7 @@ The manifest is written last and names every shard: a folder without one is no d
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +48,16 @@ class BcsrDataset:
         return int(self.manifest["splits"][_known(split)])
 
     def table(self, split: str) -> pa.Table:
-        """All columns of TILES but the images, for the tiles of a split, in their order."""
+        """All columns of TILES but the images, for the tiles of a split, in their order.
+
+        Raises:
+            DatasetError: a shard is damaged.
+        """
         names = [name for name in TILES.names if name != "image"]
-        tables = [
-            pq.read_table(io.BytesIO(content), columns=names) for content in self._shards(split)
-        ]
+        tables = []
+        for uri, content in self._shards(split):
+            with _shard_errors(uri):
+                tables.append(_open_parquet(content).read(columns=names))
         return pa.concat_tables([pa.schema(TILES.field(n) for n in names).empty_table(), *tables])
 
     def tiles(self, split: str) -> Iterator[tuple[dict[str, Any], Rgb]]:
@@ -60,28 +66,52 @@ class BcsrDataset:
         Raises:
             DatasetError: a shard or a tile in it is damaged.
         """
-        for content in self._shards(split):
-            yield from shard_tiles(content)
+        for uri, content in self._shards(split):
+            yield from shard_tiles(content, uri=uri)
 
-    def _shards(self, split: str) -> Iterator[bytes]:
+    def _shards(self, split: str) -> Iterator[tuple[str, bytes]]:
         for shard in self.manifest["shards"]:
             if shard["split"] == _known(split):
-                yield storage.read_bytes(shard_uri(self.uri, shard["name"]))
+                uri = shard_uri(self.uri, shard["name"])
+                yield uri, storage.read_bytes(uri)
 
 
-def shard_tiles(content: bytes) -> Iterator[tuple[dict[str, Any], Rgb]]:
-    """The rows and pixels of a shard's bytes, a row group at a time.
+def shard_tiles(content: bytes, *, uri: str) -> Iterator[tuple[dict[str, Any], Rgb]]:
+    """The rows and pixels of a shard's bytes, a tile at a time; `uri` names it in errors.
 
     Raises:
-        DatasetError: a tile is damaged.
+        DatasetError: the shard or a tile in it is damaged.
     """
-    for batch in pq.ParquetFile(io.BytesIO(content)).iter_batches(batch_size=1):
+    with _shard_errors(uri):
+        batches = _open_parquet(content).iter_batches(batch_size=1)
+    while True:
+        with _shard_errors(uri):
+            batch = next(batches, None)
+        if batch is None:
+            return
         (row,) = batch.to_pylist()
         image = row.pop("image")
         try:
-            yield row, decode(image, row["encoding"])
+            pixels = decode(image, row["encoding"])
         except ValueError as error:
-            raise DatasetError(f"tile {row['tile_id']}: {error}") from error
+            raise DatasetError(f"{uri}: tile {row['tile_id']}: {error}") from error
+        yield row, pixels
+
+
+def _open_parquet(content: bytes) -> pq.ParquetFile:
+    return pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
+
+
+@contextmanager
+def _shard_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    # Arrow raises ArrowInvalid (a ValueError) or OSError, by what of the file is damaged.
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(
+            f"{uri} is damaged ({error}); remove it and build the dataset again with --overwrite, "
+            "which writes what is missing"
+        ) from error
 
 
 def read_manifest(uri: str) -> dict[str, Any] | None:

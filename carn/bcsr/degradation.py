@@ -26,8 +26,9 @@ def degrade(hr: Rgb, *, scale: int, border: Border = "renormalized") -> Rgb:
     """LR of an HR image: antialiased bicubic (a = -0.5), HR cropped to a multiple of the scale.
 
     Computed by torch's antialiased bicubic interpolation in float32 and rounded. Pillow's BICUBIC
-    is the same kernel in fixed point and differs by at most one grey level. With
-    `border="symmetric"` it equals MATLAB's imresize(hr, 1 / scale, "bicubic") but for roundings.
+    is the same kernel in fixed point: on tissue it differs by at most one grey level, on black and
+    white by more, for it clips what overshoots between its two passes. With `border="symmetric"` it
+    equals MATLAB's imresize(hr, 1 / scale, "bicubic") but for roundings.
     Source: R. Keys 1981, https://doi.org/10.1109/TASSP.1981.1163711, stretched by the scale.
 
     Args:
@@ -51,7 +52,8 @@ def degrade(hr: Rgb, *, scale: int, border: Border = "renormalized") -> Rgb:
     if border == "symmetric":
         margin = 4
         hr = np.pad(hr, ((margin * scale,) * 2, (margin * scale,) * 2, (0, 0)), mode="symmetric")
-    pixels = torch.from_numpy(np.ascontiguousarray(hr)).permute(2, 0, 1)[None].float()
+    # A copy: torch takes no read-only arrays, and callers may well have one.
+    pixels = torch.from_numpy(np.array(hr, dtype=np.float32)).permute(2, 0, 1)[None]
     size = (hr.shape[0] // scale, hr.shape[1] // scale)
     small = functional.interpolate(
         pixels, size=size, mode="bicubic", align_corners=False, antialias=True

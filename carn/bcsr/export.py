@@ -35,9 +35,9 @@ def export_shard(
     Raises:
         StorageError, DatasetError: the shard cannot be read or an image not be written.
     """
-    content = storage.read_bytes(shard_uri(dataset_uri, name))
+    uri = shard_uri(dataset_uri, name)
     number = first_number
-    for _, hr in shard_tiles(content):
+    for _, hr in shard_tiles(storage.read_bytes(uri), uri=uri):
         storage.write_bytes(storage.join(export_uri, f"HR/{number:04d}.png"), encode(hr, "png"))
         for scale in scales:
             lr = encode(degrade(hr, scale=scale), "png")

@@ -1,13 +1,14 @@
 """Find tile positions on a slide itself: a grid over its tissue, or points by its annotation."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
 from carn import storage
 from carn.bcsr.annotations import draw_in_annotation, read_annotation
 from carn.bcsr.coordinates import POSITION_SCHEMA
+from carn.errors import CoordinateError
 from carn.slides import cached_slide
 from carn.slides.tissue import find_tissue, tissue_grid
 
@@ -35,13 +36,40 @@ def name_slides(uris: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def find_annotations(root: str) -> dict[str, str]:
-    """The annotation files below a folder or prefix, by their stem."""
-    return {
-        storage.stem_of(item.uri): item.uri
-        for item in storage.list_objects(storage.normalize(root))
-        if item.uri.lower().endswith(ANNOTATION_SUFFIXES)
-    }
+def find_annotations(root: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The annotation file of each slide that has one, by the slide's name.
+
+    An annotation belongs to the slide of its stem.
+
+    Args:
+        root: folder or prefix of the annotations, searched at any depth.
+        names: the slides' names by URI, as of `name_slides`.
+
+    Raises:
+        CoordinateError: two annotations, or two slides with an annotation, share a stem.
+    """
+    annotations: dict[str, str] = {}
+    for item in storage.list_objects(storage.normalize(root)):
+        if item.uri.lower().endswith(ANNOTATION_SUFFIXES):
+            stem = storage.stem_of(item.uri)
+            if stem in annotations:
+                raise CoordinateError(
+                    f"{annotations[stem]} and {item.uri} are both of the slide {stem!r}; keep one"
+                )
+            annotations[stem] = item.uri
+    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for uri, name in names.items():
+        stem = storage.stem_of(uri)
+        if stem in annotations:
+            if stem in owners:
+                raise CoordinateError(
+                    f"{annotations[stem]} fits {owners[stem]} and {uri}; give slides and "
+                    "annotations distinct names"
+                )
+            owners[stem] = uri
+            found[name] = annotations[stem]
+    return found
 
 
 def locate_grid(slide_name: str, uri: str, *, tile_px: int, min_tissue: float) -> pa.Table:

@@ -86,7 +86,7 @@ def measure_slide(
         A table with the columns of MEASURED, a row for each place, in their order.
     """
     try:
-        slide = cached_slide(uri)
+        slide = cached_slide(uri, identity=identity)
     except CarnError as error:
         return failed_rows(slide_name, uri, places, identity=identity, error=error, scope="slide")
     rows = []

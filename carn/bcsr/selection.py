@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from carn.bcsr.schema import SELECTED, SPLITS
@@ -102,25 +103,35 @@ def split_by_group(
 
 def _subset_near(sizes: dict[str, int], wished: int, *, spare: int) -> set[str]:
     """A subset of names, `spare` left over, whose sizes sum as near to `wished` as possible."""
-    # reached[sum] = the names of one subset with that sum, by links; the first found stays, which
-    # makes the seeded order decide among equals.
-    reached: dict[int, tuple[str, int, int] | None] = {0: None}  # sum -> (name, sum before, length)
     limit = 2 * wished + max(sizes.values())
+    most = len(sizes) - spare
+    # The first subset found of a sum stays, which makes the seeded order decide among equals. It
+    # may be too long to grow by a name that a shorter one of the same sum has room for: then the
+    # shortest of each sum, of which none nearer can be missed, may come nearer.
+    candidates = [
+        names
+        for prefer_short in (False, True)
+        for total, names in _reachable(sizes, limit, most, prefer_short=prefer_short).items()
+        if total
+    ]
+    sums = [sum(sizes[name] for name in names) for names in candidates]
+    best = min(range(len(sums)), key=lambda i: (abs(sums[i] - wished), sums[i]))
+    return set(candidates[best])
+
+
+def _reachable(
+    sizes: dict[str, int], limit: int, most: int, *, prefer_short: bool
+) -> dict[int, tuple[str, ...]]:
+    """By each sum of sizes up to `limit`, one subset of at most `most` names that has it."""
+    reached: dict[int, tuple[str, ...]] = {0: ()}
     for name, size in sizes.items():
-        for total, link in list(reached.items()):
-            length = 0 if link is None else link[2]
-            is_new = total + size not in reached and total + size <= limit
-            if is_new and length + 1 <= len(sizes) - spare:
-                reached[total + size] = (name, total, length + 1)
-    best = min(
-        (total for total in reached if total), key=lambda total: (abs(total - wished), total)
-    )
-    chosen = set()
-    link = reached[best]
-    while link is not None:
-        chosen.add(link[0])
-        link = reached[link[1]]
-    return chosen
+        for total, names in list(reached.items()):
+            if total + size > limit or len(names) == most:
+                continue
+            known = reached.get(total + size)
+            if known is None or (prefer_short and len(names) + 1 < len(known)):
+                reached[total + size] = (*names, name)
+    return reached
 
 
 def split_by_order(num_tiles: int, *, num_test: int, num_validation: int) -> NDArray[np.str_]:
@@ -176,7 +187,7 @@ def channel_means(selected: pa.Table, *, split: str = "train") -> tuple[float, f
     """
     if split not in SPLITS:
         raise ValueError(f"{split!r} is no split; there are {', '.join(SPLITS)}")
-    rows = selected.filter(pa.compute.equal(selected["status"], split))
+    rows = selected.filter(pc.equal(selected["status"], split))
     if not len(rows):
         return None
     area = rows["width_px"].to_numpy().astype(np.float64) * rows["height_px"].to_numpy()

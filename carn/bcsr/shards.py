@@ -20,8 +20,8 @@ from carn import __version__, storage
 from carn.bcsr.codec import Encoding, encode
 from carn.bcsr.measure import TilePlace, read_tiles
 from carn.bcsr.schema import SPLITS, TILES
-from carn.errors import CarnError
-from carn.slides import Slide, cached_slide, open_image
+from carn.errors import CarnError, SlideError
+from carn.slides import cached_slide, open_image
 
 # Raised when the same rows would be stored differently.
 SHARD_FORMAT = 1
@@ -144,7 +144,12 @@ def _encode_slide(
     images: list[bytes],
     failures: list[tuple[str, str, int, int, str]],
 ) -> None:
-    slide = _open(uri, rows[0]["reader"])
+    identity = storage.identity(uri)
+    if identity != rows[0]["slide_identity"]:
+        raise SlideError(uri, "was replaced between measuring and writing; build again")
+    slide = (
+        open_image(uri) if rows[0]["reader"] == "image" else cached_slide(uri, identity=identity)
+    )
     places = [
         TilePlace(**{name: row[name] for name in TilePlace.__dataclass_fields__}) for row in rows
     ]
@@ -153,10 +158,6 @@ def _encode_slide(
             failures.append(_failure(row, pixels))
         else:
             images.append(encode(pixels, row["encoding"]))
-
-
-def _open(uri: str, reader: str) -> Slide:
-    return open_image(uri) if reader == "image" else cached_slide(uri)
 
 
 def _failure(row: dict[str, Any], error: CarnError) -> tuple[str, str, int, int, str]:
@@ -183,5 +184,7 @@ def shard_bytes(rows: Sequence[dict[str, Any]], images: Sequence[bytes]) -> byte
         compression={name: "none" if name == "image" else "zstd" for name in TILES.names},
         use_dictionary=[name for name in TILES.names if name != "image"],
         write_statistics=[name for name in TILES.names if name != "image"],
+        # JPEG XL holds no checksum: a flipped bit would decode to wrong pixels.
+        write_page_checksum=True,
     )
     return buffer.getvalue()

@@ -162,12 +162,13 @@ def picture_unit(unit: Unit, attempt: Attempt) -> pa.Table:
     try:
         with attempt(uri):
             slide = open_image(uri) if unit["is_image"] else cached_slide(uri)
-            if unit["has_thumbnail"]:
-                rows.append({"uri": uri, "jpeg": slide_picture(slide)})
             for x, y, width, height in unit["places"]:
                 place = TilePlace(x_l0=x, y_l0=y, width_px=width, height_px=height, label="")
                 (jpeg,) = tile_pictures(slide, [place])
                 rows.append({"uri": uri, "x_l0": x, "y_l0": y, "jpeg": jpeg})
+            # Last: a coarse level may be damaged where all tiles read.
+            if unit["has_thumbnail"]:
+                rows.append({"uri": uri, "jpeg": slide_picture(slide)})
     except Exception as error:
         logger.warning("no picture of %s: %s", uri, error)
     return pa.Table.from_pylist(rows, schema=PICTURE_RESULT)

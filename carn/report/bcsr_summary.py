@@ -41,12 +41,11 @@ def tiles_to_show(selected: pa.Table) -> tuple[list[dict[str, Any]], list[dict[s
 
 
 def slides_to_show(selected: pa.Table) -> list[str]:
-    """URIs of the slides to picture: those with the most kept tiles."""
+    """URIs of the slides to picture: of those that could be read, the ones with most kept tiles."""
     counts: dict[str, int] = defaultdict(int)
-    for uri, status in zip(
-        selected["uri"].to_pylist(), selected["status"].to_pylist(), strict=True
-    ):
-        counts[uri] += status in SPLITS
+    for row in selected.select(["uri", "status"]).to_pylist():
+        if row["status"] != "failed":
+            counts[row["uri"]] += row["status"] in SPLITS
     chosen = sorted(counts, key=lambda uri: (-counts[uri], uri))[:MAX_SLIDE_PICTURES]
     return sorted(chosen)
 

@@ -11,11 +11,12 @@ CARN_CACHE_GB its bound (default 50).
 
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -42,7 +43,7 @@ def cache_bytes() -> int:
         size = float(chosen) * 1e9
     except ValueError:
         size = 0.0
-    if not size > 0:
+    if not (size > 0 and math.isfinite(size)):
         raise ValueError(f"CARN_CACHE_GB={chosen!r} must be a positive number of gigabytes")
     return int(size)
 
@@ -55,13 +56,21 @@ def fetch(uri: str) -> tuple[Path, IO[bytes]]:
 
     Raises:
         MissingObjectError, AccessDeniedError: as `storage.stat`.
-        StorageError: the slide is larger than the cache's bound, or storage failed.
+        StorageError: the slide is larger than the cache's bound, the cache's folder cannot be
+            written, or storage failed.
     """
     root = cache_dir()
-    root.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(f"{uri}|{storage.identity(uri)}".encode()).hexdigest()[:32]
     folder = root / key
-    pin = _lock_file(root, key).open("ab")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        pin = _lock_file(root, key).open("ab")
+    except OSError as error:
+        raise StorageError(
+            uri,
+            f"needs the slide cache {root}, which cannot be written ({error.strerror}); "
+            "set CARN_CACHE_DIR to a folder that can",
+        ) from error
     try:
         with _locked(pin, fcntl.LOCK_EX):
             if not (folder / ".complete").exists():
@@ -119,7 +128,7 @@ def _make_room(size: int, *, keep: str, uri: str) -> None:
         used = sum(sizes.values())
         for folder in sorted(folders, key=_last_use):
             if used + size <= bound:
-                return
+                break
             if _evict(root, folder):
                 used -= sizes[folder]
         if used + size > bound:
@@ -128,6 +137,9 @@ def _make_room(size: int, *, keep: str, uri: str) -> None:
                 f"finds no room in the slide cache {root} ({used / 1e9:.1f} of "
                 f"{bound / 1e9:.1f} GB are in use by running work); set CARN_CACHE_GB higher",
             )
+        # Written before the first byte is fetched: two fetches at once may not share one room.
+        (root / keep).mkdir(exist_ok=True)
+        (root / keep / ".size").write_text(str(size))
 
 
 def _evict(root: Path, folder: Path) -> bool:
@@ -146,11 +158,10 @@ def _lock_file(root: Path, key: str) -> Path:
 
 
 def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # a download under way renames its file
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+    try:
+        return int((folder / ".size").read_text())
+    except (FileNotFoundError, ValueError):
+        return 0  # killed before it fetched anything
 
 
 def _last_use(folder: Path) -> float:

@@ -62,15 +62,20 @@ def open_image(uri: str | Path) -> Slide:
     return ImageSlide(storage.normalize(uri))
 
 
-def cached_slide(uri: str) -> Slide:
+def cached_slide(uri: str, *, identity: str = "") -> Slide:
     """`open_slide`, from this process's small cache of open slides.
 
     The slide is shared: callers read from it and leave it open. It is closed when it has fallen out
     of the cache and nobody holds it any more.
+
+    Args:
+        uri: the slide.
+        identity: what `storage.identity` says of it now; a slide that was replaced since it was
+            opened is opened anew.
     """
-    return _cached(os.getpid(), uri)
+    return _cached(os.getpid(), uri, identity)
 
 
 @functools.lru_cache(maxsize=MAX_OPEN_SLIDES)
-def _cached(_process: int, uri: str) -> Slide:
+def _cached(_process: int, uri: str, _identity: str) -> Slide:
     return open_slide(uri)

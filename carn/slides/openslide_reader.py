@@ -4,7 +4,6 @@ Through OpenSlide (https://openslide.org). OpenSlide fails every read that follo
 the same handle; here the handle is opened anew after an error, so a damaged place stays its own.
 """
 
-import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,10 @@ class OpenSlideSlide(Slide):
             raise
 
     def _read_level(self, x: int, y: int, width: int, height: int, *, level: int) -> Rgb:
-        # OpenSlide divides the location by its own idea of the downsample.
+        # OpenSlide divides the location by its own idea of the downsample, and interpolates where
+        # that gives no whole px: the pixels are at most half a level-0 px off.
         downsample = self._native_downsamples[level]
-        location = (math.ceil(x * downsample), math.ceil(y * downsample))
+        location = (round(x * downsample), round(y * downsample))
         with self._lock:
             if self._handle is None:
                 self._handle = _open(self.uri, self._path)

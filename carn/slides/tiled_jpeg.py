@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import re
+import struct
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 # or YCbCr (transform 1). TIFF says it in a tag instead, so the marker is put in before decoding.
 ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 ADOBE_YCBCR = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01"
+# What tifffile's slips over a damaged directory come out as: whatever Python raised.
+DIRECTORY_ERRORS = (
+    *(ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError),
+    *(RuntimeError, MemoryError, struct.error),
+)
 
 
 class NotTiledJpegError(Exception):
@@ -172,7 +178,7 @@ class TiledJpegSlide(Slide):
         numbers = [row * grid.tiles_across + column for column, row in places]
         ranges = [(int(grid.offsets[n]), int(grid.lengths[n])) for n in numbers]
         for (column, row), (start, length) in zip(places, ranges, strict=True):
-            if start + length > self._source.size:
+            if length and start + length > self._source.size:
                 raise self._damaged(
                     f"its {length} bytes at {start} lie beyond the end of the file "
                     f"({self._source.size} bytes): the file is truncated",
@@ -194,7 +200,7 @@ class TiledJpegSlide(Slide):
                 grid.prefix + stream[_skip_application_markers(stream) :],
                 colorspace="RGB",
                 # Bounds the pixels a hostile stream can claim to those of a tile.
-                buffer=bytearray(math.prod(expected)),
+                buffer=np.empty(math.prod(expected), dtype=np.uint8),
                 strict=True,
             )
         except ValueError as error:
@@ -210,7 +216,7 @@ class TiledJpegSlide(Slide):
 def _skip_application_markers(stream: bytes) -> int:
     # A JFIF or Adobe marker of the tile's own would overrule what the TIFF says of its colours.
     position = len(SOI)
-    while stream[position : position + 1] == b"\xff" and 0xE0 <= stream[position + 1] <= 0xEF:
+    while re.match(rb"\xff[\xe0-\xef]", stream[position : position + 2]):
         position += 2 + int.from_bytes(stream[position + 2 : position + 4], "big")
     return position
 
@@ -230,14 +236,14 @@ def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]
                 raise NotTiledJpegError("the first image is not tiled")
             if not all(_is_rgb_jpeg(page) for page in pages):
                 raise NotTiledJpegError("not all levels are RGB JPEG tiles")
-            pages = _pyramid(pages)
-            return [_jpeg_level(page, source.uri) for page in pages], _properties(tiff, first)
+            levels = [_jpeg_level(page, source.uri) for page in _pyramid(pages)]
+            _check_is_whole(levels, source)
+            return levels, _properties(tiff, first)
     except (NotTiledJpegError, SlideError):
         raise
     except tifffile.TiffFileError as error:
         raise NotTiledJpegError(str(error)) from error
-    except (ValueError, KeyError, IndexError, TypeError, ArithmeticError, AttributeError) as error:
-        # tifffile's own slips over a damaged directory come out as whatever Python raised.
+    except DIRECTORY_ERRORS as error:
         raise NotTiledJpegError(f"a damaged TIFF directory ({error})") from error
 
 
@@ -285,7 +291,8 @@ def _pyramid(pages: list[Any]) -> list[Any]:
 def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
     offsets = np.asarray(page.dataoffsets, dtype=np.uint64)
     lengths = np.asarray(page.databytecounts, dtype=np.uint32)
-    width, height = page.imagewidth, page.imagelength
+    # By the tags: where they say nothing, tifffile takes a tile's extent for the image's.
+    width, height = (int(page.tags.valueof(name, 0)) for name in ("ImageWidth", "ImageLength"))
     if min(width, height, page.tilewidth, page.tilelength) < 1:
         raise SlideError(uri, f"has a level without pixels ({width} x {height})")
     expected = math.ceil(width / page.tilewidth) * math.ceil(height / page.tilelength)
@@ -308,6 +315,21 @@ def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
         lengths=lengths,
         prefix=SOI + colours + tables,
     )
+
+
+def _check_is_whole(levels: list[_JpegLevel], source: ByteSource) -> None:
+    """Refuse a file that was cut off: transferring it again helps, reading its remains does not."""
+    beyond = sum(
+        int(((level.offsets + level.lengths > source.size) & (level.lengths > 0)).sum())
+        for level in levels
+    )
+    if beyond:
+        total = sum(len(level.offsets) for level in levels)
+        raise SlideError(
+            source.uri,
+            f"is truncated: {beyond} of its {total} tiles lie beyond the end of the file "
+            f"({source.size} bytes); transfer it again",
+        )
 
 
 def _properties(tiff: tifffile.TiffFile, page: Any) -> SlideProperties:

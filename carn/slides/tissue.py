@@ -37,14 +37,11 @@ class TissueMask:
 
     def share(self, x_l0: int, y_l0: int, side_px: int) -> float:
         """Share of tissue (0..1) under a square of level-0 px; outside the slide there is none."""
-        height, width = self.mask.shape
-        x0 = max(0, math.floor(x_l0 / self.downsample))
-        y0 = max(0, math.floor(y_l0 / self.downsample))
-        x1 = min(width, max(x0 + 1, math.ceil((x_l0 + side_px) / self.downsample)))
-        y1 = min(height, max(y0 + 1, math.ceil((y_l0 + side_px) / self.downsample)))
-        if x0 >= x1 or y0 >= y1:
-            return 0.0
-        return float(self.mask[y0:y1, x0:x1].mean())
+        x0, y0 = math.floor(x_l0 / self.downsample), math.floor(y_l0 / self.downsample)
+        x1 = max(x0 + 1, math.ceil((x_l0 + side_px) / self.downsample))
+        y1 = max(y0 + 1, math.ceil((y_l0 + side_px) / self.downsample))
+        on_slide = self.mask[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)]
+        return float(on_slide.sum() / ((x1 - x0) * (y1 - y0)))
 
 
 def tissue_mask(pixels: Rgb) -> NDArray[np.bool_]:
