@@ -116,9 +116,9 @@ def make_lab(root: Path, original: Path, *, num_slides: int, tiles_per_slide: in
 # ---------------------------------------------------------------------------------------- cases
 
 
-def run_job(lab: Lab, output: Path) -> None:
+def run_job(lab: Lab, output: Path, runner: StageRunner) -> None:
     job = lab.job(output)
-    job_module.build_dataset(job, job_module.find_source(job), str(output))
+    job_module.build_dataset(job, job_module.find_source(job), str(output), runner)
 
 
 def measure_units(lab: Lab, output: Path) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def no_guard(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def run_ranked_loop(lab: Lab, output: Path) -> pa.Table:
+def run_ranked_loop(lab: Lab, output: Path, _: StageRunner) -> pa.Table:
     job = lab.job(output)
     tables = [measure_unit(unit, no_guard) for unit in measure_units(lab, output)]
     return build.select_tiles(
@@ -140,15 +140,15 @@ def run_ranked_loop(lab: Lab, output: Path) -> pa.Table:
     )
 
 
-def run_loop(lab: Lab, output: Path) -> None:
-    selected = run_ranked_loop(lab, output)
+def run_loop(lab: Lab, output: Path, runner: StageRunner) -> None:
+    selected = run_ranked_loop(lab, output, runner)
     for plan in plan_shards(selected, encoding="jxl", tiles_per_shard=64):
         write_shard(str(output), plan, attempt=no_guard)
 
 
-def run_ranked(lab: Lab, output: Path) -> None:
+def run_ranked(lab: Lab, output: Path, runner: StageRunner) -> None:
     job = lab.job(output)
-    tables = list(StageRunner().run("measuring", measure_unit, measure_units(lab, output)))
+    tables = list(runner.run("measuring", measure_unit, measure_units(lab, output)))
     measured = pa.concat_tables([MEASURED.empty_table(), *tables])
     build.select_tiles(measured, white=job.filter, select=job.select, seed=job.seed)
 
@@ -178,7 +178,7 @@ def numpy_filter(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def run_usual(lab: Lab, output: Path) -> None:
+def run_usual(lab: Lab, output: Path, _: StageRunner) -> None:
     rows = [
         {"uri": unit["uri"], "x": x, "y": y}
         for unit in measure_units(lab, output)
@@ -195,7 +195,7 @@ def run_usual(lab: Lab, output: Path) -> None:
     rank_tiles(np.stack([row["mean"] for row in kept]))
 
 
-CASES: dict[str, Callable[[Lab, Path], None]] = {
+CASES: dict[str, Callable[[Lab, Path, StageRunner], Any]] = {
     "job": run_job,
     "loop": run_loop,
     "ranked": run_ranked,
@@ -258,6 +258,7 @@ def main(bench: BenchBuild) -> None:
         original = root / "original.tif"
         make_bench_slide(original, side_px=SIDE_PX)
         start_ray()
+        runner = StageRunner()
 
         # Memory first, with fresh workers and more and more slides, each with the same few tiles.
         # This also starts the processes that the cases below find running.
@@ -265,22 +266,32 @@ def main(bench: BenchBuild) -> None:
         for num_slides in (10, 100, 1000) if bench.full else (10, 100):
             name = f"memory_{num_slides}"
             many = make_lab(root / name, original, num_slides=num_slides, tiles_per_slide=4)
-            run_ranked(many, root / f"{name}_out")
+            run_ranked(many, root / f"{name}_out", runner)
             peaks[num_slides] = processes.worker_peak_bytes()
+
+        # The job once, small: what it imports is start-up as well.
+        run_job(
+            make_lab(root / "s", original, num_slides=6, tiles_per_slide=4), root / "s_out", runner
+        )
 
         num_slides = 100 if bench.full else 20
         lab = make_lab(root / "lab", original, num_slides=num_slides, tiles_per_slide=20)
-        # The usual way is too slow for all of them; its cost is per tile.
-        few = make_lab(root / "few", original, num_slides=num_slides // 4, tiles_per_slide=20)
+        # The usual way is too slow for all of them. Its actor starts anew with every run, so its
+        # cost a tile is that of the tiles between a small run and a larger one.
+        few = make_lab(root / "few", original, num_slides=4, tiles_per_slide=20)
+        fewer = make_lab(root / "fewer", original, num_slides=1, tiles_per_slide=20)
         cost = {}
         for name, case in CASES.items():
-            output = root / f"out_{name}"
-            tiles = few if case is run_usual else lab
-            cpu, wall = processes.cpu_seconds(), time.monotonic()
-            case(tiles, output)
-            cpu = processes.cpu_seconds() - cpu
-            cost[name] = cpu / tiles.num_tiles * 1e3, time.monotonic() - wall, tiles.num_tiles
-            shutil.rmtree(output, ignore_errors=True)
+            runs = (few, fewer) if case is run_usual else (lab,)
+            cpu, wall = [], []
+            for tiles in runs:
+                before, start = processes.cpu_seconds(), time.monotonic()
+                case(tiles, root / "out", runner)
+                cpu.append(processes.cpu_seconds() - before)
+                wall.append(time.monotonic() - start)
+                shutil.rmtree(root / "out", ignore_errors=True)
+            num_tiles = runs[0].num_tiles - sum(run.num_tiles for run in runs[1:])
+            cost[name] = (cpu[0] - sum(cpu[1:])) / num_tiles * 1e3, sum(wall), num_tiles
 
     print(f"{'case':12}{'tiles':>7}{'CPU ms a tile':>16}{'wall s':>9}")
     for name, (cpu_ms, wall, num_tiles) in cost.items():

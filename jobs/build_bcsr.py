@@ -165,21 +165,24 @@ def main(job: BuildJob) -> int:
     output = storage.normalize(job.output)
     source = find_source(job)
     manifest = read_manifest(output)
+    runner = None
     if manifest is not None and not job.run.overwrite:
         _check_same(manifest, job, source, output)
         logger.info("%s is finished already; nothing to build", output)
     else:
-        manifest = build_dataset(job, source, output)
+        runner = _start_runner(job)
+        manifest = build_dataset(job, source, output, runner)
     if job.export == "edsr":
-        export_edsr(job, manifest, output)
+        export_edsr(job, manifest, output, runner)
     num_failures = manifest["counts"]["failures"]
     print(_summary(manifest, output), flush=True)
     return 1 if num_failures and job.run.on_bad_slide == "fail" else 0
 
 
-def build_dataset(job: BuildJob, source: Source, output: str) -> dict[str, Any]:
+def build_dataset(
+    job: BuildJob, source: Source, output: str, runner: StageRunner
+) -> dict[str, Any]:
     """All stages from positions to the committed manifest, which is returned."""
-    runner = _start_runner(job)
     failures = _missing_failures(source.missing)
     if job.images:
         units = list(_image_units(job, source, output))
@@ -506,7 +509,9 @@ def take_pictures(job: BuildJob, selected: pa.Table, runner: StageRunner) -> dic
     }
 
 
-def export_edsr(job: BuildJob, manifest: dict[str, Any], output: str) -> None:
+def export_edsr(
+    job: BuildJob, manifest: dict[str, Any], output: str, runner: StageRunner | None
+) -> None:
     """Write <output>/edsr, unless it holds this dataset at these scales already."""
     export_uri = storage.join(output, "edsr")
     shards = [[shard["name"], shard["num_tiles"]] for shard in manifest["shards"]]
@@ -522,7 +527,7 @@ def export_edsr(job: BuildJob, manifest: dict[str, Any], output: str) -> None:
         )
     if known is not None:
         storage.delete_below(export_uri)
-    runner = _start_runner(job)
+    runner = runner or _start_runner(job)
     numbers = first_numbers(manifest["shards"])
     units = [
         {"output": output, "export_uri": export_uri, "name": name, "first_number": numbers[name]}

@@ -1,7 +1,5 @@
 """Small JPEG pictures of slides and tiles for the report."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -20,17 +18,13 @@ def slide_picture(slide: Slide) -> bytes:
     return _jpeg(slide.thumbnail(SLIDE_PICTURE_PX))
 
 
-def tile_pictures(slide: Slide, places: Sequence[TilePlace]) -> list[bytes]:
-    """JPEG of each tile, longer side TILE_PICTURE_PX."""
-    return [
-        tile_picture(slide.read_region(place.x_l0, place.y_l0, place.width_px, place.height_px))
-        for place in places
-    ]
-
-
-def tile_picture(pixels: Rgb) -> bytes:
-    """JPEG of an (H, W, 3) uint8 tile, longer side at most TILE_PICTURE_PX."""
-    image = Image.fromarray(pixels)
+def tile_picture(slide: Slide, place: TilePlace) -> bytes:
+    """JPEG of a tile, longer side at most TILE_PICTURE_PX, from the level nearest that size."""
+    level = slide.level_for_downsample(max(place.width_px, place.height_px) / TILE_PICTURE_PX)
+    downsample = slide.levels[level].downsample
+    width = max(1, round(place.width_px / downsample))
+    height = max(1, round(place.height_px / downsample))
+    image = Image.fromarray(slide.read_region(place.x_l0, place.y_l0, width, height, level=level))
     image.thumbnail((TILE_PICTURE_PX, TILE_PICTURE_PX), Image.Resampling.BOX)
     return _jpeg(np.asarray(image))
 

@@ -20,7 +20,7 @@ from carn import __version__, storage
 from carn.bcsr.export import export_shard
 from carn.bcsr.locate import LOCATED, locate_by_annotation, locate_grid
 from carn.bcsr.measure import TilePlace, failed_rows, measure_image, measure_slide
-from carn.bcsr.pictures import slide_picture, tile_pictures
+from carn.bcsr.pictures import slide_picture, tile_picture
 from carn.bcsr.shards import Attempt, ShardPlan, write_shard
 from carn.errors import CarnError
 from carn.slides import cached_slide, open_image
@@ -164,8 +164,8 @@ def picture_unit(unit: Unit, attempt: Attempt) -> pa.Table:
             slide = open_image(uri) if unit["is_image"] else cached_slide(uri)
             for x, y, width, height in unit["places"]:
                 place = TilePlace(x_l0=x, y_l0=y, width_px=width, height_px=height, label="")
-                (jpeg,) = tile_pictures(slide, [place])
-                rows.append({"uri": uri, "x_l0": x, "y_l0": y, "jpeg": jpeg})
+                picture = tile_picture(slide, place)
+                rows.append({"uri": uri, "x_l0": x, "y_l0": y, "jpeg": picture})
             # Last: a coarse level may be damaged where all tiles read.
             if unit["has_thumbnail"]:
                 rows.append({"uri": uri, "jpeg": slide_picture(slide)})

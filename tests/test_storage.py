@@ -1,0 +1,472 @@
+"""Storage: the same behaviour on a local folder and on an object store."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from carn import storage
+from carn.errors import AccessDeniedError, MissingObjectError, StorageError
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder or bucket."""
+    if request.param == "local":
+        return str(tmp_path)
+    return str(request.getfixturevalue("s3").uri())
+
+
+# ---------------------------------------------------------------------------------------- names
+
+
+def test_normalize(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert storage.normalize("a/b.tif") == str(tmp_path / "a/b.tif")
+    assert storage.normalize(Path("a/b.tif")) == str(tmp_path / "a/b.tif")
+    assert storage.normalize("/x/y.tif") == "/x/y.tif"
+    assert storage.normalize("~/y.tif") == "/home/someone/y.tif"
+    assert storage.normalize("file:///x/a%20b.tif") == "/x/a b.tif"
+    assert storage.normalize("s3://bucket/a/b.tif") == "s3://bucket/a/b.tif"
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("gs://bucket/x", "'gs' is not supported"),
+        ("https://host/x", "'https' is not supported"),
+        ("s3://", "names no bucket"),
+        ("s3:///key", "names no bucket"),
+        (Path("s3://bucket/key"), "lost a slash"),
+    ],
+)
+def test_normalize_refuses_what_it_cannot_read(uri: str | Path, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        storage.normalize(uri)
+
+
+def test_names() -> None:
+    assert storage.join("s3://b/a/", "/c/", "d.tif") == "s3://b/a/c/d.tif"
+    assert storage.join("/a", "b") == "/a/b"
+    assert storage.name_of("s3://b/a/c.tif") == "c.tif"
+    assert storage.stem_of("s3://b/a/Tumor_001.ome.tif") == "Tumor_001.ome"
+    assert storage.is_s3("s3://b/k")
+    assert not storage.is_s3("/s3/b")
+
+
+# ---------------------------------------------------------------------------- reading and writing
+
+
+def test_what_is_written_is_read(root: str) -> None:
+    uri = storage.join(root, "deep", "er", "a.bin")
+    assert not storage.is_file(uri)
+    storage.write_bytes(uri, b"old")
+    storage.write_bytes(uri, b"new content")
+    assert storage.read_bytes(uri) == b"new content"
+    assert storage.is_file(uri)
+    found = storage.stat(uri)
+    assert (found.uri, found.size) == (uri, 11)
+    assert (found.etag is None) == (not storage.is_s3(root))
+    assert [item.uri for item in storage.list_objects(root)] == [uri]
+
+
+def test_written_files_have_the_usual_mode(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    storage.write_bytes(str(tmp_path / "ours"), b"x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_ranges_are_those_bytes(root: str) -> None:
+    content = bytes(range(256)) * 400
+    uri = storage.join(root, "a.bin")
+    storage.write_bytes(uri, content)
+    source = storage.open_source(uri)
+    assert (source.uri, source.size) == (uri, len(content))
+    end = len(content)
+    ranges = [(50_000, 10), (0, 3), (0, 0), (end - 2, 100), (end, 5), (end + 9, 1), (5, 60_000)]
+    found = source.read_ranges(ranges)
+    assert found == [content[start : start + length] for start, length in ranges]
+    assert source.read_ranges([]) == []
+    source.close()
+
+
+def test_an_empty_object_reads_as_nothing(root: str) -> None:
+    uri = storage.join(root, "empty")
+    storage.write_bytes(uri, b"")
+    source = storage.open_source(uri)
+    assert source.size == 0
+    assert source.read_ranges([(0, 10), (3, 4)]) == [b"", b""]
+    source.close()
+
+
+def test_what_is_missing_is_named(root: str) -> None:
+    uri = storage.join(root, "no", "such.tif")
+    calls: list[Callable[[str], Any]] = [
+        storage.stat,
+        storage.read_bytes,
+        storage.open_source,
+        storage.identity,
+    ]
+    for call in calls:
+        with pytest.raises(MissingObjectError, match=r"no/such\.tif: no such"):
+            call(uri)
+    assert not storage.is_file(uri)
+    assert storage.list_objects(storage.join(root, "no")) == []
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_missing_bucket_is_named() -> None:
+    uri = "s3://carn-no-such-bucket/a.tif"
+    with pytest.raises(MissingObjectError, match=r"carn-no-such-bucket.*no such (bucket|object)"):
+        storage.stat(uri)
+    with pytest.raises(MissingObjectError, match=r"carn-no-such-bucket.*no such bucket"):
+        storage.read_bytes(uri)
+    with pytest.raises(MissingObjectError, match="no such bucket"):
+        storage.list_objects("s3://carn-no-such-bucket/x")
+
+
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/"])
+def test_a_bucket_is_no_object(uri: str) -> None:
+    for call in (storage.stat, storage.read_bytes, storage.open_source):
+        with pytest.raises(StorageError, match="names a bucket, not an object"):
+            call(uri)
+    with pytest.raises(StorageError, match="names a bucket, not an object"):
+        storage.write_bytes(uri, b"")
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="is a directory"):
+        storage.stat(str(tmp_path))
+    with pytest.raises(StorageError, match="directory"):
+        storage.read_bytes(str(tmp_path))
+    with pytest.raises(StorageError, match="directory"):
+        storage.write_bytes(str(tmp_path), b"x")
+    assert not storage.is_file(str(tmp_path))
+
+
+def test_a_file_where_a_folder_is_needed_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file/a"):
+        storage.write_bytes(str(tmp_path / "file" / "a"), b"x")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_forbidden_file_is_access_denied(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"x")
+    path.chmod(0)
+    with pytest.raises(AccessDeniedError, match="secret"):
+        storage.read_bytes(str(path))
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("carn.storage.os.fsync", full)
+    with pytest.raises(StorageError, match=r"a\.bin: No space left"):
+        storage.write_bytes(str(path), b"new")
+    assert [item.name for item in tmp_path.iterdir()] == ["a.bin"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    # It tells when everything but the last step is done, then waits to be killed.
+    script = f"""
+        import os, sys, time
+        from carn import storage
+        def wait(descriptor):
+            print(os.fstat(descriptor).st_size, flush=True)
+            time.sleep(60)
+        storage.os.fsync = wait
+        storage.write_bytes({str(path)!r}, b"n" * 100_000)
+    """
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, cwd=REPOSITORY
+    )
+    assert writer.stdout is not None
+    assert int(writer.stdout.readline()) == 100_000
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    assert path.read_bytes() == b"old"
+    # What it left is no file of the folder for anybody who lists it.
+    assert [item.uri for item in storage.list_objects(str(tmp_path))] == [str(path)]
+    storage.write_bytes(str(path), b"newer")
+    assert path.read_bytes() == b"newer"
+
+
+# ------------------------------------------------------------------------------ listing, deleting
+
+
+def test_listing_is_recursive_sorted_and_without_hidden_files(root: str) -> None:
+    names = ["b.tif", "a/c.tif", "a/b/d.tif", "a.tif", "Z.tif", "a b/e é.tif"]
+    for name in [*names, ".hidden", "a/.part", ".cache/x.tif", "a/.git/config"]:
+        storage.write_bytes(storage.join(root, name), name.encode())
+    found = storage.list_objects(root)
+    assert [item.uri for item in found] == sorted(storage.join(root, name) for name in names)
+    assert {item.uri: item.size for item in found}[storage.join(root, "a/c.tif")] == 7
+    below = storage.list_objects(storage.join(root, "a"))
+    assert [storage.name_of(item.uri) for item in below] == ["d.tif", "c.tif"]
+    assert storage.list_objects(storage.join(root, "a/")) == below
+
+
+def test_a_hidden_folder_that_is_named_is_listed(root: str) -> None:
+    storage.write_bytes(storage.join(root, ".runs", "a.tif"), b"x")
+    storage.write_bytes(storage.join(root, ".runs", ".part"), b"x")
+    found = storage.list_objects(storage.join(root, ".runs"))
+    assert [storage.name_of(item.uri) for item in found] == ["a.tif"]
+
+
+def test_a_listing_goes_beyond_one_page(s3: Any) -> None:
+    for number in range(5):
+        s3.put(f"many/{number}", b"")
+    events = storage._s3_client().meta.events
+
+    def two_at_a_time(params: dict[str, Any], **_: Any) -> None:
+        params["MaxKeys"] = 2
+
+    name = "before-parameter-build.s3.ListObjectsV2"
+    events.register(name, two_at_a_time)
+    try:
+        assert len(storage.list_objects(s3.uri("many"))) == 5
+    finally:
+        events.unregister(name, two_at_a_time)
+
+
+def test_links_are_followed_and_dangling_ones_left_out(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.tif").touch()
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "real")
+    (root / "b.tif").symlink_to(tmp_path / "real" / "a.tif")
+    (root / "gone.tif").symlink_to(tmp_path / "nothing")
+    (root / "linked" / "round").symlink_to(tmp_path / "real")
+    found = [item.uri for item in storage.list_objects(str(root))]
+    assert found == [str(root / "b.tif"), str(root / "linked" / "a.tif")]
+
+
+def test_delete_below_leaves_other_prefixes_alone(root: str) -> None:
+    for name in ("run/a", "run/b/c", "run2/a", "run.txt", "other"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    storage.delete_below(storage.join(root, "run"))
+    left = [item.uri for item in storage.list_objects(root)]
+    assert left == [storage.join(root, name) for name in ("other", "run.txt", "run2/a")]
+    assert storage.is_s3(root) or not Path(root, "run").exists()
+    storage.delete_below(storage.join(root, "run"))
+
+
+def test_delete_below_keeps_hidden_files(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "run" / "a"), b"x")
+    (tmp_path / "run" / ".keep").touch()
+    storage.delete_below(str(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".keep"]
+
+
+def test_deleting_what_is_gone_is_no_error(root: str) -> None:
+    uri = storage.join(root, "a")
+    storage.write_bytes(uri, b"x")
+    storage.delete([uri, uri])
+    assert not storage.is_file(uri)
+
+
+# ------------------------------------------------------------------------------------- identity
+
+
+def test_identity_follows_the_content(root: str) -> None:
+    uri = storage.join(root, "a.bin")
+    content = bytes(200_000)
+    storage.write_bytes(uri, content)
+    first = storage.identity(uri)
+    assert storage.identity(uri) == first
+    for other in (content[:-1], b"x" + content[1:], content[:-1] + b"x", b""):
+        storage.write_bytes(uri, other)
+        assert storage.identity(uri) != first
+    storage.write_bytes(uri, content)
+    assert storage.identity(uri) == first
+
+
+def test_identity_of_a_local_copy_is_the_same(tmp_path: Path) -> None:
+    for size in (0, 10, 64 * 1024, 64 * 1024 + 1, 300_000):
+        one, other = str(tmp_path / "one"), str(tmp_path / "other")
+        storage.write_bytes(one, b"a" * size)
+        storage.write_bytes(other, b"a" * size)
+        assert storage.identity(one) == storage.identity(other)
+
+
+# ------------------------------------------------------------------------------------ coalescing
+
+RANGES = st.lists(st.tuples(st.integers(0, 60_000), st.integers(0, 20_000)), max_size=12)
+
+
+@given(ranges=RANGES, gap=st.sampled_from([0, 1, 100, 8192]))
+def test_spans_cover_the_ranges_and_skip_every_larger_gap(
+    ranges: list[storage.Range], gap: int
+) -> None:
+    spans = storage.coalesce(ranges, gap_bytes=gap)
+    ends = [start + length for start, length in spans]
+    assert all(start > end + gap for (start, _), end in zip(spans[1:], ends, strict=False))
+    for start, length in ranges:
+        assert any(a <= start and start + length <= a + n for a, n in spans)
+    covered = set().union(*(range(a, a + n) for a, n in ranges))
+    wanted = sorted(covered | {start for start, _ in ranges})
+    for start, length in spans:
+        inside = [at for at in wanted if start <= at <= start + length]
+        # Nothing is fetched but ranges and gaps small enough between them.
+        assert inside[0] == start
+        assert all(b - a <= gap + 1 for a, b in itertools.pairwise(inside))
+        assert start + length - inside[-1] <= 1
+
+
+def test_a_gap_is_read_over_up_to_its_bound() -> None:
+    assert storage.coalesce([(20, 5), (0, 10)], gap_bytes=10) == [(0, 25)]
+    assert storage.coalesce([(21, 5), (0, 10)], gap_bytes=10) == [(0, 10), (21, 5)]
+
+
+def test_near_ranges_become_one_request(stub_s3: Any) -> None:
+    stub_s3.objects["b/k"] = bytes(1_000_000)
+    source = storage.open_source("s3://b/k")
+    source.read_ranges([(0, 1000), (1500, 1000), (500_000, 10), (2500, 10)])
+    assert stub_s3.count("GET") == 2
+    assert stub_s3.body_bytes == 2510 + 10
+
+
+# ------------------------------------------------------------------------- object store's whims
+
+
+def authorizations(stub: Any) -> list[str | None]:
+    return [headers.get("Authorization") for _, _, headers in stub.requests]
+
+
+@pytest.mark.parametrize("how", ["no credentials", "AWS_NO_SIGN_REQUEST"])
+def test_anonymous_access_sends_no_signature(
+    stub_s3: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    stub_s3.objects["b/k"] = b"public"
+    if how == "no credentials":
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    else:
+        monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "true")
+    assert storage.read_bytes("s3://b/k") == b"public"
+    assert authorizations(stub_s3) == [None]
+
+
+def test_credentials_sign(stub_s3: Any) -> None:
+    stub_s3.objects["b/k"] = b"private"
+    assert storage.read_bytes("s3://b/k") == b"private"
+    assert all("AWS4-HMAC-SHA256" in str(value) for value in authorizations(stub_s3))
+
+
+def test_refused_credentials_say_what_to_check(stub_s3: Any) -> None:
+    stub_s3.refuse_all = True
+    calls: list[Callable[[str], Any]] = [
+        storage.stat,
+        storage.read_bytes,
+        storage.open_source,
+        storage.is_file,
+        storage.list_objects,
+    ]
+    for call in calls:
+        with pytest.raises(AccessDeniedError, match=r"s3://b/k: access denied.*AWS_ACCESS_KEY_ID"):
+            call("s3://b/k")
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_an_unreachable_store_is_named(stub_s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nobody there
+    calls: list[Callable[[str], Any]] = [storage.stat, storage.read_bytes, storage.list_objects]
+    for call in calls:
+        with pytest.raises(StorageError, match=r"s3://b/k: .*127\.0\.0\.1:9.*AWS_ENDPOINT_URL"):
+            call("s3://b/k")
+    assert not stub_s3.requests
+
+
+def test_a_body_that_breaks_off_is_asked_for_again(stub_s3: Any) -> None:
+    content = bytes(range(256)) * 4000
+    stub_s3.objects["b/k"] = content
+    stub_s3.num_cuts = 2
+    assert storage.read_bytes("s3://b/k") == content
+    source = storage.open_source("s3://b/k")
+    stub_s3.num_cuts = 3
+    ranges = [(0, 100), (300_000, 20_000), (900_000, 50_000)]
+    expected = [content[start : start + length] for start, length in ranges]
+    assert source.read_ranges(ranges) == expected
+
+
+def test_a_body_that_always_breaks_off_is_one_error(stub_s3: Any, tmp_path: Path) -> None:
+    stub_s3.objects["b/k"] = bytes(100_000)
+    stub_s3.num_cuts = 1000
+    with pytest.raises(StorageError, match="s3://b/k"):
+        storage.read_bytes("s3://b/k")
+    assert stub_s3.count("GET") == storage.GET_ATTEMPTS
+    with pytest.raises(StorageError, match="s3://b/k"):
+        storage.download("s3://b/k", tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_download_survives_a_break_and_is_whole(stub_s3: Any, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4000
+    stub_s3.objects["b/k"] = content
+    stub_s3.num_cuts = 1
+    storage.download("s3://b/k", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_download_to_nowhere_is_a_storage_error(s3: Any, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such"):
+        storage.download(s3.put("k", b"x"), tmp_path / "no" / "copy")
+
+
+def test_another_endpoint_takes_effect_at_once(
+    stub_s3: Any, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_s3.objects["b/k"] = b"x"
+    assert storage.read_bytes("s3://b/k") == b"x"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    with pytest.raises(StorageError):
+        storage.read_bytes("s3://b/k")
+
+
+def test_a_forked_process_reads_too(s3: Any) -> None:
+    uri = s3.put("k", b"content")
+    assert storage.read_bytes(uri) == b"content"
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if storage.read_bytes(uri) == b"content" else 1)
+        except BaseException:
+            os._exit(2)
+    deadline = time.monotonic() + 20
+    done, status = os.waitpid(child, os.WNOHANG)
+    while not done and time.monotonic() < deadline:
+        time.sleep(0.02)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done
+    assert status == 0
