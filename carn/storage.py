@@ -34,6 +34,9 @@ GET_ATTEMPTS = 4
 # cost more than reading the tiles wanted of it.
 FINGERPRINT_BYTES = 64 * 1024
 
+# Ends the hidden name of a file that is being written.
+UNFINISHED_SUFFIX = ".carn-part"
+
 Range = tuple[int, int]
 
 
@@ -365,11 +368,28 @@ def delete_below(uri: str) -> None:
                 Path(folder).rmdir()
 
 
+def delete_unfinished(uri: str) -> None:
+    """Remove the half-written files that killed processes left below a folder.
+
+    To be called when nobody writes there. Object stores hold no such files.
+
+    Raises:
+        AccessDeniedError, StorageError: something could not be removed.
+    """
+    if is_s3(uri):
+        return
+    with _local_errors(uri):
+        for path in Path(uri).rglob(f".*{UNFINISHED_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     # Beside the target, so that the rename stays on one file system; hidden, so that no listing
     # takes a half-written file of a killed process for a whole one.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    descriptor, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED_SUFFIX
+    )
     os.close(descriptor)
     temporary = Path(name)
     temporary.chmod(0o666 & ~_umask())

@@ -169,6 +169,8 @@ def main(job: BuildJob) -> int:
     if manifest is not None and not job.run.overwrite:
         _check_same(manifest, job, source, output)
         logger.info("%s is finished already; nothing to build", output)
+        # An earlier run may have been killed after it had finished, before it tidied up.
+        _clean_up(output, manifest)
     else:
         runner = _start_runner(job)
         manifest = build_dataset(job, source, output, runner)
@@ -229,7 +231,7 @@ def build_dataset(
     build.write_table(failures_uri, table)
     storage.write_bytes(storage.join(output, "report.html"), render(report).encode())
     write_manifest(output, manifest)
-    _clean_up(output, {plan.name for plan in plans}, keep_work=bool(failures))
+    _clean_up(output, manifest)
     return manifest
 
 
@@ -554,13 +556,15 @@ def _missing_failures(missing: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def _clean_up(output: str, shards: set[str], *, keep_work: bool) -> None:
-    """Remove shards of an earlier selection and, unless failures are to be tried again, _work/."""
+def _clean_up(output: str, manifest: dict[str, Any]) -> None:
+    """Remove what killed processes and earlier selections left, and _work/ unless it has a use."""
+    shards = {shard["name"] for shard in manifest["shards"]}
+    storage.delete_unfinished(output)
     for item in storage.list_objects(storage.join(output, "tiles")):
         name = storage.name_of(item.uri)
         if SHARD_NAME.fullmatch(name) and name not in shards:
             storage.delete([item.uri])
-    if not keep_work:
+    if not manifest["counts"]["failures"]:
         storage.delete_below(storage.join(output, "_work"))
 
 

@@ -470,3 +470,15 @@ def test_a_forked_process_reads_too(s3: Any) -> None:
         os.waitpid(child, 0)
     assert done
     assert status == 0
+
+
+def test_unfinished_files_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    kept = [tmp_path / "deep" / "a.parquet", tmp_path / ".hidden", tmp_path / "x.carn-part"]
+    left = [tmp_path / "deep" / ".a.parquet.abc123.carn-part", tmp_path / ".m.json.x.carn-part"]
+    for path in [*kept, *left]:
+        path.write_bytes(b"x")
+    storage.delete_unfinished(str(tmp_path))
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in left)
+    storage.delete_unfinished(str(tmp_path / "nowhere"))

@@ -372,6 +372,44 @@ def test_killed_driver_leaves_what_the_next_run_completes(
         assert still == kept, "a finished shard was written again"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_driver_killed_again_and_again_at_any_moment(
+    slides: Path, built: Path, tmp_path: Path, ray_here: None, seed: int
+) -> None:
+    output = tmp_path / "out"
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        environment.pop("RAY_ADDRESS", None)
+        process = subprocess.Popen(
+            command(slides, output, "--tiles-per-task", "2"),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        # Ray takes some ten seconds to start; the work is done in about as many more.
+        time.sleep(rng.uniform(6, 24))
+        kill_tree(process)
+    assert main(make_job(slides, output, run=RunConfig(tiles_per_task=2))) == 0
+    assert content_of(output) == content_of(built)
+
+
+def test_what_a_run_killed_at_its_very_end_left_is_tidied_up(
+    slides: Path, built: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    output = tmp_path / "out"
+    shutil.copytree(built, output)
+    (output / "_work" / "measured").mkdir(parents=True)
+    (output / "_work" / "measured" / "x.parquet").write_bytes(b"x")
+    (output / "tiles" / ".train.parquet.abc.carn-part").write_bytes(b"x")
+    (output / "tiles" / "train-00000-000000000000.parquet").write_bytes(b"an earlier selection's")
+    assert main(make_job(slides, output)) == 0
+    assert content_of(output) == content_of(built)
+
+
 def test_killed_workers_change_nothing(slides: Path, built: Path, tmp_path: Path) -> None:
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
