@@ -354,6 +354,8 @@ def locate(
             unit
             | {"annotation_uri": annotation, "annotation_identity": identity, "seed": job.seed}
             | {"points_per_label": job.draw.points_per_slide}
+            | {"tumor_groups": job.draw.tumor_groups}
+            | {"excluded_groups": job.draw.excluded_groups}
         )
     if len(units) < len(source.names):
         logger.info("%d slides without annotation are left out", len(source.names) - len(units))

@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +55,20 @@ class _Ledger:
         self._begun[key] = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a stage is.
+def progress(num_done: int, num_units: int, *, seconds: float, seconds_to_first: float) -> str:
+    """How far a stage is, in words; says what is left once there is something to tell it by.
 
-    Attributes:
-        num_done, num_units: units.
+    Args:
+        num_done, num_units: tasks.
         seconds: since the stage began.
+        seconds_to_first: until its first task was done, which processes' starts made slow.
     """
-
-    num_done: int
-    num_units: int
-    seconds: float
-
-    def __str__(self) -> str:
-        left = self.seconds / max(self.num_done, 1) * (self.num_units - self.num_done)
-        share = self.num_done / max(self.num_units, 1)
-        text = f"{self.num_done:,} of {self.num_units:,} ({share:.0%}) in {_duration(self.seconds)}"
-        return text + (f", about {_duration(left)} left" if self.num_done < self.num_units else "")
+    text = f"{num_done:,} of {num_units:,} tasks ({num_done / num_units:.0%})"
+    text += f" in {_duration(seconds)}"
+    if 1 < num_done < num_units:
+        left = (seconds - seconds_to_first) / (num_done - 1) * (num_units - num_done)
+        text += f", about {_duration(left)} left"
+    return text
 
 
 def _duration(seconds: float) -> str:
@@ -150,21 +145,20 @@ class StageRunner:
             compute=ray.data.TaskPoolStrategy(size=self._num_workers),
             num_cpus=1,
         )
-        num_done = 0
+        num_done, to_first = 0, 0.0
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             results: Any = table["result"]
             for content in results.to_pylist():
                 yield pa.ipc.open_stream(content).read_all()
                 num_done += 1
             now = time.monotonic()
-            if now - reported >= self._progress_s and num_done < len(units):
+            to_first = to_first or now - started
+            if now - reported >= self._progress_s or num_done == len(units):
                 reported = now
-                _report(name, num_done, len(units), seconds=now - started)
-        _report(name, num_done, len(units), seconds=time.monotonic() - started)
-
-
-def _report(name: str, num_done: int, num_units: int, *, seconds: float) -> None:
-    logger.info("%s: %s", name, Progress(num_done=num_done, num_units=num_units, seconds=seconds))
+                text = progress(
+                    num_done, len(units), seconds=now - started, seconds_to_first=to_first
+                )
+                logger.info("%s: %s", name, text)
 
 
 def _call(batch: pa.Table, *, function: StageFunction, run_id: str, ledger: Any) -> pa.Table:

@@ -52,8 +52,17 @@ class Annotation:
 # --------------------------------------------------------------------------------------- reading
 
 
-def read_annotation(uri: str) -> Annotation:
+def read_annotation(
+    uri: str,
+    *,
+    tumor_groups: Sequence[str] = TUMOR_GROUPS,
+    excluded_groups: Sequence[str] = EXCLUDED_GROUPS,
+) -> Annotation:
     """The annotation in a file of ASAP XML or NCRF JSON, told apart by content.
+
+    Args:
+        uri: the file.
+        tumor_groups, excluded_groups: names of ASAP's groups, as of `read_asap_xml`.
 
     Raises:
         CoordinateError: it is neither, or as `read_asap_xml` and `read_ncrf_json`.
@@ -62,7 +71,7 @@ def read_annotation(uri: str) -> Annotation:
     content = storage.read_bytes(uri)
     match content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]:
         case b"<":
-            return _from_asap_xml(content, uri, TUMOR_GROUPS, EXCLUDED_GROUPS)
+            return _from_asap_xml(content, uri, tumor_groups, excluded_groups)
         case b"{":
             return _from_ncrf_json(content, uri)
     raise CoordinateError(f"{uri}: neither XML nor a JSON object; give an ASAP or NCRF annotation")

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from carn.bcsr.annotations import EXCLUDED_GROUPS, TUMOR_GROUPS
 from carn.bcsr.codec import Encoding
 
 SplitRule = Literal["by-slide", "paper", "numbered"]
@@ -23,6 +24,10 @@ class DrawConfig:
     """With annotations: the most positions of each label that one slide proposes."""
     unannotated_slides: Literal["skip", "normal"] = "skip"
     """With annotations: slides that have none are left out, or are known to hold no tumour."""
+    tumor_groups: tuple[str, ...] = TUMOR_GROUPS
+    """With annotations: names of the ASAP groups that are tumour."""
+    excluded_groups: tuple[str, ...] = EXCLUDED_GROUPS
+    """With annotations: names of the ASAP groups that are cut out of tumour."""
     min_tissue: float = 0.5
     """Without coordinates: the least share (0..1) of tissue under a tile of the grid."""
 

@@ -104,6 +104,8 @@ def locate_by_annotation(
     *,
     tile_px: int,
     points_per_label: int,
+    tumor_groups: Sequence[str],
+    excluded_groups: Sequence[str],
     seed: int,
 ) -> pa.Table:
     """Positions drawn by a slide's annotation: columns of LOCATED, labels `tumor` and `normal`.
@@ -114,13 +116,18 @@ def locate_by_annotation(
         annotation_uri: CAMELYON/ASAP XML or NCRF JSON; None for a slide known to hold no tumour.
         tile_px: side of a tile in level-0 px.
         points_per_label: most positions of each label.
+        tumor_groups, excluded_groups: names of ASAP's groups, as of `read_asap_xml`.
         seed: of the draw.
 
     Raises:
         CoordinateError: the annotation cannot be understood.
         SlideError, StorageError: the slide cannot be opened, or its coarse level not be read.
     """
-    annotation = None if annotation_uri is None else read_annotation(annotation_uri)
+    annotation = None
+    if annotation_uri is not None:
+        annotation = read_annotation(
+            annotation_uri, tumor_groups=tumor_groups, excluded_groups=excluded_groups
+        )
     positions = draw_in_annotation(
         annotation,
         slide=slide_name,

@@ -99,8 +99,8 @@ def locate_unit(unit: Unit, attempt: Attempt) -> pa.Table:
 
     Args:
         unit: `slide`, `uri`, `tile_px`, `work_uri`; and either `min_tissue` for a tissue grid, or
-            `annotation_uri` (None for no tumour), `annotation_identity`, `points_per_label` and
-            `seed` for points by annotation.
+            `annotation_uri` (None for no tumour), `annotation_identity`, `points_per_label`,
+            `tumor_groups`, `excluded_groups` and `seed` for points by annotation.
         attempt: see the module.
 
     Returns:
@@ -121,6 +121,8 @@ def locate_unit(unit: Unit, attempt: Attempt) -> pa.Table:
                     unit["annotation_uri"],
                     tile_px=unit["tile_px"],
                     points_per_label=unit["points_per_label"],
+                    tumor_groups=unit["tumor_groups"],
+                    excluded_groups=unit["excluded_groups"],
                     seed=unit["seed"],
                 )
 

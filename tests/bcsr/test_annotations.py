@@ -414,3 +414,17 @@ def test_public_annotations_read_and_give_tiles(
     centres = draw(smallest, tissue(*extent, downsample=64.0), tile_px=1024)
     assert [len(found) for found in centres.values()] == [25, 25]
     assert shapely.contains_xy(smallest.tumor, centres["tumor"]).all()
+
+
+def test_groups_of_ones_own_are_named_to_read_annotation(tmp_path: Path) -> None:
+    path = tmp_path / "slide.xml"
+    path.write_text(
+        '<ASAP_Annotations><Annotations><Annotation Name="a" PartOfGroup="invasive" Type="Polygon">'
+        '<Coordinates><Coordinate Order="0" X="0" Y="0"/><Coordinate Order="1" X="10" Y="0"/>'
+        '<Coordinate Order="2" X="10" Y="10"/></Coordinates></Annotation></Annotations>'
+        "</ASAP_Annotations>"
+    )
+    with pytest.raises(CoordinateError, match="unknown group 'invasive'"):
+        read_annotation(str(path))
+    assert read_annotation(str(path), tumor_groups=["invasive"]).tumor.area == pytest.approx(50)
+    assert read_annotation(str(path), excluded_groups=["invasive"]).tumor.is_empty

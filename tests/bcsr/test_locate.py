@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from carn.bcsr.annotations import EXCLUDED_GROUPS, TUMOR_GROUPS
 from carn.bcsr.locate import (
     LOCATED,
     UNLABELED,
@@ -123,6 +124,7 @@ def test_points_by_annotation_carry_the_slide(island: Path, tmp_path: Path) -> N
     tumor = {"name": "t", "vertices": outline}
     annotation.write_text(json.dumps({"positive": [tumor], "negative": []}))
     wish: dict[str, Any] = {"tile_px": 64, "points_per_label": 5, "seed": 1}
+    wish |= {"tumor_groups": TUMOR_GROUPS, "excluded_groups": EXCLUDED_GROUPS}
     table = locate_by_annotation("name", str(island), str(annotation), **wish)
     assert table.schema == LOCATED
     assert set(table["uri"].to_pylist()) == {str(island)}

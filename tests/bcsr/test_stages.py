@@ -270,6 +270,7 @@ def test_a_changed_annotation_is_located_anew(
 
     unit = {"slide": "n", "uri": str(island), "tile_px": 32, "work_uri": str(work), "seed": 1}
     unit |= {"annotation_uri": str(annotation), "annotation_identity": "1", "points_per_label": 4}
+    unit |= {"tumor_groups": ["_0"], "excluded_groups": ["_2"]}
     write(150)
     first = locate_unit(unit, attempt)
     assert first["label"].to_pylist().count("tumor") == 4
