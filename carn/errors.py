@@ -8,6 +8,10 @@ class CarnError(Exception):
     """Root of the errors this package raises on purpose."""
 
 
+class UriError(CarnError, ValueError):
+    """A name is of no storage this package knows."""
+
+
 class StorageError(CarnError):
     """A storage location could not be read or written.
 
@@ -58,17 +62,12 @@ class DamagedTileError(SlideError):
     """
 
     def __init__(self, uri: str, reason: str, level: int, x_l0: int, y_l0: int) -> None:
-        super().__init__(uri, reason)
+        place = f"damaged tile on level {level} at level-0 px ({x_l0}, {y_l0})"
+        super().__init__(uri, f"{place}: {reason}")
         self.args = (uri, reason, level, x_l0, y_l0)
         self.level = level
         self.x_l0 = x_l0
         self.y_l0 = y_l0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.uri}: damaged tile on level {self.level} at level-0 px "
-            f"({self.x_l0}, {self.y_l0}): {self.reason}"
-        )
 
 
 class CoordinateError(CarnError, ValueError):

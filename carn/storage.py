@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlparse
 
-from carn.errors import AccessDeniedError, MissingObjectError, StorageError
+from carn.errors import AccessDeniedError, MissingObjectError, StorageError, UriError
 
 # Two ranges of an object closer than this become one request: the bytes between cost less than
 # another round trip. Small against a JPEG tile (tens of KB), so the excess stays a few percent.
@@ -80,21 +80,21 @@ def normalize(uri: str | Path) -> str:
     """The one spelling of a name: absolute local path without `file://`, or `s3://bucket/key`.
 
     Raises:
-        ValueError: another scheme than file or s3, an S3 name without a bucket, or one that went
+        UriError: another scheme than file or s3, an S3 name without a bucket, or one that went
             through a Path and lost a slash.
     """
     uri = str(uri)
     if is_s3(uri):
         if not _split_s3(uri)[0]:
-            raise ValueError(f"{uri!r} names no bucket; write s3://bucket/prefix")
+            raise UriError(f"{uri!r} names no bucket; write s3://bucket/prefix")
         return uri
     if uri.startswith("s3:"):
-        raise ValueError(f"{uri!r} has lost a slash; write s3://bucket/prefix, as text, no Path")
+        raise UriError(f"{uri!r} has lost a slash; write s3://bucket/prefix, as text, no Path")
     if uri.startswith("file://"):
         return unquote(urlparse(uri).path)
     if "://" in uri:
         scheme = uri.split("://", maxsplit=1)[0]
-        raise ValueError(f"{uri!r}: storage {scheme!r} is not supported; use a path or s3://")
+        raise UriError(f"{uri!r}: storage {scheme!r} is not supported; use a path or s3://")
     return str(Path(uri).expanduser().absolute())
 
 
@@ -175,6 +175,15 @@ def identity(uri: str) -> str:
             file.seek(max(FINGERPRINT_BYTES, found.size - FINGERPRINT_BYTES))
             digest.update(file.read())
     return f"sha256-ends:{digest.hexdigest()[:32]}:{found.size}"
+
+
+def content_hash(uri: str) -> str:
+    """SHA-256 over the whole content, for files small enough to be read for it.
+
+    Raises:
+        MissingObjectError, AccessDeniedError, StorageError: as `stat`.
+    """
+    return f"sha256:{hashlib.sha256(read_bytes(uri)).hexdigest()}"
 
 
 def list_objects(uri: str) -> list[ObjectStat]:
@@ -263,8 +272,10 @@ class _LocalSource:
 
 class _S3Source:
     def __init__(self, uri: str) -> None:
+        found = stat(uri)
         self.uri = uri
-        self.size = stat(uri).size
+        self.size = found.size
+        self._etag = found.etag
         self._bucket, self._key = _split_s3(uri)
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
@@ -287,7 +298,13 @@ class _S3Source:
         if start >= end:
             return b""
         with _s3_errors(self.uri):
-            return _get_body(Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{end - 1}")
+            return _get_body(
+                Bucket=self._bucket,
+                Key=self._key,
+                Range=f"bytes={start}-{end - 1}",
+                # Bytes of two versions of an object must not be taken for one slide.
+                IfMatch=f'"{self._etag}"',
+            )
 
     def close(self) -> None:
         """Nothing is held: requests go over the shared client's connections."""
@@ -468,7 +485,12 @@ def _request_pool(_process: int) -> ThreadPoolExecutor:
 @contextmanager
 def _s3_errors(uri: str) -> Iterator[None]:
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        HTTPClientError,
+        ProfileNotFound,
+    )
 
     try:
         yield
@@ -485,11 +507,20 @@ def _s3_errors(uri: str) -> Iterator[None]:
                 f"access denied ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or "
                 "AWS_PROFILE; for a public bucket set AWS_NO_SIGN_REQUEST=true",
             ) from error
+        if status == 412:
+            raise StorageError(uri, "was replaced while it was read; open it again") from error
         raise StorageError(uri, f"the object store answered {code}: {error}") from error
+    except ProfileNotFound as error:
+        raise StorageError(uri, f"no credentials: {error}; check AWS_PROFILE") from error
     except (Boto3Error, BotoCoreError, HTTPClientError) as error:
         raise StorageError(
             uri, f"the object store cannot be reached ({error}); check AWS_ENDPOINT_URL"
         ) from error
+    except ValueError as error:
+        # What botocore raises over an endpoint that is no URL.
+        if "endpoint" not in str(error).lower():
+            raise
+        raise StorageError(uri, f"{error}; check AWS_ENDPOINT_URL") from error
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import logging
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +46,8 @@ from carn.bcsr.coordinates import (
     resolve_slides,
 )
 from carn.bcsr.dataset import read_manifest, write_manifest
-from carn.bcsr.degradation import SCALES
-from carn.bcsr.export import export_state, finish_export, first_numbers
+from carn.bcsr.degradation import DEGRADATION, SCALES
+from carn.bcsr.export import begin_export, export_state, finish_export, first_numbers
 from carn.bcsr.locate import LOCATED, find_annotations, name_slides
 from carn.bcsr.schema import MEASURED, SPLITS
 from carn.bcsr.shards import ShardPlan, plan_shards
@@ -136,6 +136,10 @@ class BuildJob:
                 if has_csv
                 else "--csv-anchor is for .csv coordinates, and none are given"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+        for uri in (self.output, *self.slides, *self.coordinates):
+            storage.normalize(uri)  # an unknown kind of storage is an error
         unknown = sorted(set(self.export_scales) - set(SCALES))
         if unknown:
             raise ValueError(f"export_scales={unknown} are not among {SCALES}")
@@ -145,6 +149,11 @@ class BuildJob:
         every = dataclasses.asdict(self)
         left_out = ("output", "run", "export", "export_scales")
         content = {name: value for name, value in every.items() if name not in left_out}
+        # However they were spelled, in whatever order.
+        content["slides"] = sorted(map(storage.normalize, self.slides))
+        content["coordinates"] = sorted(map(storage.normalize, self.coordinates))
+        for name in ("annotations", "images"):
+            content[name] = content[name] and storage.normalize(content[name])
         settings: dict[str, Any] = json.loads(json.dumps(content))
         return settings
 
@@ -156,6 +165,7 @@ class Source:
     names: dict[str, str]
     positions: pa.Table | None
     missing: dict[str, int]
+    lists: dict[str, str]
     digest: str
 
 
@@ -169,8 +179,6 @@ def main(job: BuildJob) -> int:
     if manifest is not None and not job.run.overwrite:
         _check_same(manifest, job, source, output)
         logger.info("%s is finished already; nothing to build", output)
-        # An earlier run may have been killed after it had finished, before it tidied up.
-        _clean_up(output, manifest)
     else:
         runner = _start_runner(job)
         manifest = build_dataset(job, source, output, runner)
@@ -212,6 +220,7 @@ def build_dataset(
         selected,
         config=job.settings(),
         source_digest=source.digest,
+        lists=source.lists,
         num_listed=num_listed,
         num_missing=sum(source.missing.values()),
         plans=plans,
@@ -230,8 +239,7 @@ def build_dataset(
     build.write_table(storage.join(output, "measured.parquet"), selected)
     build.write_table(failures_uri, table)
     storage.write_bytes(storage.join(output, "report.html"), render(report).encode())
-    write_manifest(output, manifest)
-    _clean_up(output, manifest)
+    _commit(output, manifest)
     return manifest
 
 
@@ -251,7 +259,8 @@ def find_source(job: BuildJob) -> Source:
         uris = [item.uri for item in found if item.uri.lower().endswith(IMAGE_SUFFIXES)]
         if not uris:
             raise StorageError(root, f"no images here ({', '.join(IMAGE_SUFFIXES)})")
-        return Source(names=name_slides(uris), positions=None, missing={}, digest=_digest(uris))
+        names = name_slides(uris)
+        return Source(names=names, positions=None, missing={}, lists={}, digest=_digest(uris, {}))
     uris = list_slides(job.slides)
     if not uris:
         raise StorageError(" ".join(job.slides), "no slides here (by their file names' extensions)")
@@ -263,7 +272,9 @@ def find_source(job: BuildJob) -> Source:
                 f"{job.annotations} holds no annotation (.xml or .json) named as a slide, such as "
                 f"{storage.stem_of(uris[0])!r}"
             )
-        return Source(names=names, positions=None, missing={}, digest=_digest([*uris, *below]))
+        lists = {uri: storage.content_hash(uri) for uri in below}
+        digest = _digest(uris, lists)
+        return Source(names=names, positions=None, missing={}, lists=lists, digest=digest)
     listed = pa.concat_tables([_read_list(job, storage.normalize(uri)) for uri in job.coordinates])
     positions, missing = resolve_slides(listed, uris)
     counts = pc.value_counts(listed["slide"]).to_pylist()
@@ -282,9 +293,13 @@ def find_source(job: BuildJob) -> Source:
     named = positions.set_column(
         0, "slide", pa.array([names[u] for u in positions["uri"].to_pylist()])
     )
-    lists = [storage.normalize(uri) for uri in job.coordinates]
+    lists = {uri: storage.content_hash(uri) for uri in map(storage.normalize, job.coordinates)}
     return Source(
-        names=names, positions=named, missing=num_missing, digest=_digest([*uris, *lists])
+        names=names,
+        positions=named,
+        missing=num_missing,
+        lists=lists,
+        digest=_digest(sorted(set(positions["uri"].to_pylist())), lists),
     )
 
 
@@ -301,12 +316,19 @@ def _read_list(job: BuildJob, uri: str) -> pa.Table:
     return read_ncrf_list(uri, label=label, tile_px=tile_px)
 
 
-def _digest(uris: Sequence[str]) -> str:
-    """Changes when a file is added, removed or (by size or ETag) replaced."""
+def _digest(slides: Sequence[str], lists: Mapping[str, str]) -> str:
+    """Changes when a slide or a list (by URI, with its identity) comes, goes or is replaced."""
     with ThreadPoolExecutor(16) as pool:
-        stats = list(pool.map(storage.stat, uris))
-    text = json.dumps([[item.uri, item.size, item.etag] for item in stats])
+        found = dict(zip(slides, pool.map(_identity_or_none, slides), strict=True))
+    text = json.dumps([found, dict(lists)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _identity_or_none(uri: str) -> str | None:
+    try:
+        return storage.identity(uri)
+    except StorageError:
+        return None  # whoever reads it will say why
 
 
 def _check_same(manifest: dict[str, Any], job: BuildJob, source: Source, output: str) -> None:
@@ -349,7 +371,7 @@ def locate(
         annotation = annotations.get(name)
         if annotation is None and job.draw.unannotated_slides == "skip":
             continue
-        identity = None if annotation is None else storage.identity(annotation)
+        identity = None if annotation is None else source.lists[annotation]
         units.append(
             unit
             | {"annotation_uri": annotation, "annotation_identity": identity, "seed": job.seed}
@@ -455,7 +477,7 @@ def select_and_write(
     write_failures: list[dict[str, Any]] = []
     for _ in range(MAX_WRITE_ROUNDS):
         selected = build.select_tiles(
-            measured, white=_white_filter(job), select=job.select, seed=job.seed
+            measured, white=_white_filter(job), select=_selection(job, measured), seed=job.seed
         )
         plans = plan_shards(
             selected,
@@ -493,6 +515,12 @@ def _white_filter(job: BuildJob) -> FilterConfig:
     return dataclasses.replace(job.filter, max_white_fraction=1.0) if job.images else job.filter
 
 
+def _selection(job: BuildJob, measured: pa.Table) -> SelectConfig:
+    if not job.images:
+        return job.select
+    return dataclasses.replace(job.select, keep=max(len(measured), job.select.keep or 1))
+
+
 def take_pictures(job: BuildJob, selected: pa.Table, runner: StageRunner) -> dict[Place, bytes]:
     """JPEGs for the report: some slides, some kept and some dropped tiles."""
     kept, dropped = tiles_to_show(selected)
@@ -518,24 +546,32 @@ def export_edsr(
 ) -> None:
     """Write <output>/edsr, unless it holds this dataset at these scales already."""
     export_uri = storage.join(output, "edsr")
-    shards = [[shard["name"], shard["num_tiles"]] for shard in manifest["shards"]]
-    state = {"shards": shards, "scales": sorted(job.export_scales), "splits": manifest["splits"]}
-    known = export_state(export_uri)
-    if known == state:
+    state = {
+        "shards": [[shard["name"], shard["num_tiles"]] for shard in manifest["shards"]],
+        "splits": manifest["splits"],
+        "scales": sorted(job.export_scales),
+        "degradation": DEGRADATION,
+    }
+    known, is_finished = export_state(export_uri)
+    if known == state and is_finished:
         logger.info("%s is exported already", export_uri)
         return
-    if known is not None and not job.run.overwrite:
-        raise DatasetError(
-            f"{export_uri} holds an export of another dataset or of other scales; remove it, or "
-            "replace it with --overwrite"
-        )
-    if known is not None:
+    if known != state:
+        if is_finished and not job.run.overwrite:
+            raise DatasetError(
+                f"{export_uri} holds an export of another dataset or of other scales; remove it, "
+                "or replace it with --overwrite"
+            )
+        if known is None and storage.list_objects(export_uri):
+            raise DatasetError(f"{export_uri} holds files that are no export's; move them away")
         storage.delete_below(export_uri)
+        begin_export(export_uri, state)
     runner = runner or _start_runner(job)
     numbers = first_numbers(manifest["shards"])
+    num_digits = max(4, len(str(sum(manifest["splits"].values()))))
     units = [
         {"output": output, "export_uri": export_uri, "name": name, "first_number": numbers[name]}
-        | {"scales": sorted(job.export_scales)}
+        | {"scales": sorted(job.export_scales), "num_digits": num_digits}
         for name in numbers
     ]
     results = [
@@ -544,6 +580,7 @@ def export_edsr(
     reasons = [row["reason"] for row in results if row["reason"]]
     if reasons or len(results) < len(units):
         raise DatasetError(f"the export is incomplete: {reasons[0] if reasons else _LOST}")
+    storage.delete_unfinished(export_uri)
     finish_export(export_uri, state)
 
 
@@ -558,16 +595,24 @@ def _missing_failures(missing: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def _clean_up(output: str, manifest: dict[str, Any]) -> None:
-    """Remove what killed processes and earlier selections left, and _work/ unless it has a use."""
-    shards = {shard["name"] for shard in manifest["shards"]}
+def _commit(output: str, manifest: dict[str, Any]) -> None:
+    """Tidy up what is of no more use, write the manifest, remove shards of an earlier selection."""
     storage.delete_unfinished(output)
-    for item in storage.list_objects(storage.join(output, "tiles")):
-        name = storage.name_of(item.uri)
-        if SHARD_NAME.fullmatch(name) and name not in shards:
-            storage.delete([item.uri])
     if not manifest["counts"]["failures"]:
         storage.delete_below(storage.join(output, "_work"))
+    shards = {shard["name"] for shard in manifest["shards"]}
+    found = {
+        storage.name_of(item.uri) for item in storage.list_objects(storage.join(output, "tiles"))
+    }
+    if shards - found:
+        raise DatasetError(
+            f"{len(shards - found)} shards vanished from {output} while it was built; does another "
+            "job write there? Build again"
+        )
+    write_manifest(output, manifest)
+    # The shards of the manifest before were whole until now.
+    stale = sorted(name for name in found - shards if SHARD_NAME.fullmatch(name))
+    storage.delete([storage.join(output, "tiles", name) for name in stale])
 
 
 def _summary(manifest: dict[str, Any], output: str) -> str:

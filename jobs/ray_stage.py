@@ -37,6 +37,10 @@ Attempt = Callable[[str], AbstractContextManager[None]]
 StageFunction = Callable[[Unit, Attempt], pa.Table]
 
 
+class ClusterError(CarnError):
+    """Ray is not there."""
+
+
 class ProcessDiedError(CarnError):
     """Reading something took the reading process down, every time."""
 
@@ -92,7 +96,14 @@ def start_ray() -> None:
             "include_dashboard": False,
             "runtime_env": {"env_vars": {"PYTHONPATH": path}},
         }
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except (
+        Exception
+    ) as error:  # Ray raises whatever went wrong, from ConnectionError to RuntimeError
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"the cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
+        raise ClusterError(f"{where} could not be reached or started: {error}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -482,3 +482,16 @@ def test_unfinished_files_of_killed_writers_are_removed_and_nothing_else(tmp_pat
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in left)
     storage.delete_unfinished(str(tmp_path / "nowhere"))
+
+
+def test_a_profile_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    with pytest.raises(StorageError, match=r"no-such-profile.*check AWS_PROFILE"):
+        storage.stat("s3://bucket/key")
+
+
+def test_an_endpoint_that_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "true")
+    with pytest.raises(StorageError, match=r"localhost:9000.*check AWS_ENDPOINT_URL"):
+        storage.stat("s3://bucket/key")

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from carn import __version__, storage
+from carn import storage
 from carn.bcsr.config import FilterConfig, SelectConfig
 from carn.bcsr.coordinates import overlap_pairs
 from carn.bcsr.schema import FAILURES, MEASURED, SPLITS
@@ -26,6 +26,7 @@ from carn.bcsr.selection import (
 )
 from carn.bcsr.shards import ShardPlan
 from carn.errors import DatasetError
+from carn.version import code_version
 
 # Paper, section "Dataset": mean (R, G, B) of its training set.
 PAPER_CHANNEL_MEANS = (0.7204, 0.4298, 0.6397)
@@ -66,12 +67,19 @@ def select_tiles(
         )
     means = np.stack([survivors[f"mean_{c}"].to_numpy() for c in "rgb"], axis=1)
     ranking = rank_tiles(means)
-    keep = len(survivors) if select.keep is None else select.keep
+    # The published layout is taken as it is: whoever numbered the images has chosen already.
+    is_numbered = select.split == "numbered"
+    keep = len(survivors) if select.keep is None or is_numbered else select.keep
     is_kept = ranking.rank < keep
     status = np.where(has_failed, "failed", "white").astype("<U10")
     survivor_status = np.full(len(survivors), "surplus", dtype="<U10")
-    kept = survivors.filter(pa.array(is_kept))
-    survivor_status[is_kept] = _split(kept, select, seed=seed)
+    if is_numbered:
+        # By all numbers, so that one that does not read moves none from one side to the other.
+        counts = {"num_test": select.num_test, "num_validation": select.num_validation}
+        _check_counts(len(measured), **counts)
+        survivor_status = split_by_order(len(measured), **counts)[is_ranked]
+    else:
+        survivor_status[is_kept] = _split(survivors.filter(pa.array(is_kept)), select, seed=seed)
     status[is_ranked] = survivor_status
     return with_selection(measured, status=status.tolist(), ranking=ranking, is_ranked=is_ranked)
 
@@ -82,18 +90,20 @@ def _split(kept: pa.Table, select: SelectConfig, *, seed: int) -> Any:
         len(kept), keep=keep, num_test=select.num_test, num_validation=select.num_validation
     )
     counts = {"num_test": num_test, "num_validation": num_validation}
-    if num_test + num_validation >= len(kept):
+    _check_counts(len(kept), **counts)
+    if select.split == "paper":
+        return split_at_random(len(kept), seed=seed, **counts)
+    groups = [group_of(name, select.group_regex) for name in kept["slide"].to_pylist()]
+    return split_by_group(groups, seed=seed, **counts)
+
+
+def _check_counts(num_tiles: int, *, num_test: int, num_validation: int) -> None:
+    if num_test + num_validation >= num_tiles:
         raise DatasetError(
-            f"{len(kept)} tiles cannot be split into {num_test} for testing, {num_validation} for "
+            f"{num_tiles} tiles cannot be split into {num_test} for testing, {num_validation} for "
             "validation and at least one for training; ask for fewer (--num-test, "
             "--num-validation)"
         )
-    if select.split == "paper":
-        return split_at_random(len(kept), seed=seed, **counts)
-    if select.split == "numbered":
-        return split_by_order(len(kept), **counts)
-    groups = [group_of(name, select.group_regex) for name in kept["slide"].to_pylist()]
-    return split_by_group(groups, seed=seed, **counts)
 
 
 def group_of(slide_name: str, group_regex: str | None) -> str:
@@ -180,6 +190,7 @@ def make_manifest(
     *,
     config: dict[str, Any],
     source_digest: str,
+    lists: Mapping[str, str],
     num_listed: int,
     num_missing: int,
     plans: Sequence[ShardPlan],
@@ -199,9 +210,10 @@ def make_manifest(
         for row in read.sort_by(TILE_ORDER).to_pylist()
     }
     return {
-        "code_version": __version__,
+        "code_version": code_version(),
         "config": config,
         "source_digest": source_digest,
+        "lists": [{"uri": uri, "identity": found} for uri, found in sorted(lists.items())],
         "counts": {
             "listed": num_listed,
             "listed_on_missing_slides": num_missing,

@@ -10,6 +10,9 @@ from carn.slides.slide import Rgb
 
 SCALES = (2, 3, 4, 8)
 
+# What is used where nothing else is said, in words for whoever gets the images.
+DEGRADATION = "bicubic, a = -0.5, antialiased, weights renormalized at the border (torch)"
+
 # What happens at the image's border. `renormalized`: the kernel's part inside the image, its
 # weights scaled to sum to one (Pillow, torch). `symmetric`: the image is mirrored (MATLAB's
 # imresize, by which the published LR sets of the EDSR family were made).

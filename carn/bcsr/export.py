@@ -1,7 +1,8 @@
 """The folder layout that the EDSR family of codebases reads.
 
 `HR/0001.png`, `LR_bicubic/X2/0001x2.png`, ...: training tiles first, the validation tiles last
-among them, then the test tiles (the published bcSR: 1..1000 and 1001..1200).
+among them, then the test tiles (the published bcSR: 1..1000 and 1001..1200). Loaders pair HR and LR
+by sorted names, so all numbers have as many digits, four at the least.
 """
 
 import json
@@ -16,6 +17,8 @@ from carn.bcsr.shards import shard_uri
 
 # Written last; says which dataset the folder holds.
 EXPORT_MARKER = "export.json"
+# Written first, removed in the end.
+BEGUN_MARKER = "export.begun.json"
 
 
 def first_numbers(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -28,9 +31,23 @@ def first_numbers(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def export_shard(
-    dataset_uri: str, export_uri: str, name: str, *, first_number: int, scales: Sequence[int]
+    dataset_uri: str,
+    export_uri: str,
+    name: str,
+    *,
+    first_number: int,
+    num_digits: int,
+    scales: Sequence[int],
 ) -> int:
     """Write the HR and LR images of one shard's tiles; returns how many tiles.
+
+    Args:
+        dataset_uri: the dataset.
+        export_uri: folder or prefix of the export.
+        name: the shard.
+        first_number: of its first tile.
+        num_digits: of all numbers.
+        scales: of the LR images.
 
     Raises:
         StorageError, DatasetError: the shard cannot be read or an image not be written.
@@ -38,25 +55,37 @@ def export_shard(
     uri = shard_uri(dataset_uri, name)
     number = first_number
     for _, hr in shard_tiles(storage.read_bytes(uri), uri=uri):
-        storage.write_bytes(storage.join(export_uri, f"HR/{number:04d}.png"), encode(hr, "png"))
+        stem = f"{number:0{num_digits}d}"
+        storage.write_bytes(storage.join(export_uri, f"HR/{stem}.png"), encode(hr, "png"))
         for scale in scales:
             lr = encode(degrade(hr, scale=scale), "png")
-            path = f"LR_bicubic/X{scale}/{number:04d}x{scale}.png"
+            path = f"LR_bicubic/X{scale}/{stem}x{scale}.png"
             storage.write_bytes(storage.join(export_uri, path), lr)
         number += 1
     return number - first_number
 
 
-def export_state(export_uri: str) -> dict[str, Any] | None:
-    """What a finished export says it holds, or None."""
-    marker = storage.join(export_uri, EXPORT_MARKER)
-    if not storage.is_file(marker):
-        return None
-    state: dict[str, Any] = json.loads(storage.read_bytes(marker))
-    return state
+def export_state(export_uri: str) -> tuple[dict[str, Any] | None, bool]:
+    """What an export is of, and whether it is finished; (None, False) where there is none."""
+    for name, is_finished in ((EXPORT_MARKER, True), (BEGUN_MARKER, False)):
+        marker = storage.join(export_uri, name)
+        if storage.is_file(marker):
+            state: dict[str, Any] = json.loads(storage.read_bytes(marker))
+            return state, is_finished
+    return None, False
+
+
+def begin_export(export_uri: str, state: dict[str, Any]) -> None:
+    """Say what is going to be exported, so that an interrupted export is known for what it is."""
+    _write_marker(export_uri, BEGUN_MARKER, state)
 
 
 def finish_export(export_uri: str, state: dict[str, Any]) -> None:
     """Commit an export."""
+    _write_marker(export_uri, EXPORT_MARKER, state)
+    storage.delete([storage.join(export_uri, BEGUN_MARKER)])
+
+
+def _write_marker(export_uri: str, name: str, state: dict[str, Any]) -> None:
     text = json.dumps(state, indent=1, sort_keys=True)
-    storage.write_bytes(storage.join(export_uri, EXPORT_MARKER), text.encode() + b"\n")
+    storage.write_bytes(storage.join(export_uri, name), text.encode() + b"\n")

@@ -16,15 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from carn import __version__, storage
+from carn import storage
 from carn.bcsr.codec import Encoding, encode
 from carn.bcsr.measure import TilePlace, read_tiles
 from carn.bcsr.schema import SPLITS, TILES
 from carn.errors import CarnError, SlideError
 from carn.slides import cached_slide, open_image
+from carn.version import code_version
 
-# Raised when the same rows would be stored differently.
-SHARD_FORMAT = 1
 # Rows a reader must hold to get at one tile: 16 tiles of 1024 px are about 20 MB encoded.
 ROWS_PER_GROUP = 16
 
@@ -91,7 +90,7 @@ def plan_shards(selected: pa.Table, *, encoding: Encoding, tiles_per_shard: int)
                 }
                 for row in of_split[start : start + tiles_per_shard]
             ]
-            content = json.dumps([SHARD_FORMAT, __version__, planned], sort_keys=True)
+            content = json.dumps([code_version(), planned], sort_keys=True)
             digest = hashlib.sha256(content.encode()).hexdigest()[:12]
             name = f"{split}-{start // tiles_per_shard:05d}-{digest}.parquet"
             plans.append(ShardPlan(name=name, split=split, rows=planned))
@@ -127,7 +126,8 @@ def write_shard(dataset_uri: str, plan: ShardPlan, *, attempt: Attempt) -> Shard
     for slide_uri, group in groupby(plan.rows, key=lambda row: str(row["uri"])):
         rows = list(group)
         try:
-            with attempt(slide_uri):
+            # Other shards may hold tiles of this slide, and be written at the same time.
+            with attempt(f"{plan.name}|{slide_uri}"):
                 _encode_slide(slide_uri, rows, images, failures)
         except CarnError as error:
             failures += [_failure(row, error) for row in rows]

@@ -11,12 +11,13 @@ import io
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from carn import __version__, storage
+from carn import storage
 from carn.bcsr.export import export_shard
 from carn.bcsr.locate import LOCATED, locate_by_annotation, locate_grid
 from carn.bcsr.measure import TilePlace, failed_rows, measure_image, measure_slide
@@ -24,11 +25,9 @@ from carn.bcsr.pictures import slide_picture, tile_picture
 from carn.bcsr.shards import Attempt, ShardPlan, write_shard
 from carn.errors import CarnError
 from carn.slides import cached_slide, open_image
+from carn.version import code_version
 
 logger = logging.getLogger(__name__)
-
-# Raised when the same unit would be measured or located differently.
-STAGE_FORMAT = 1
 
 LOCATE_RESULT = LOCATED.append(pa.field("reason", pa.string()))
 WRITE_RESULT = pa.schema(
@@ -163,21 +162,29 @@ def picture_unit(unit: Unit, attempt: Attempt) -> pa.Table:
     uri = unit["uri"]
     try:
         with attempt(uri):
-            slide = open_image(uri) if unit["is_image"] else cached_slide(uri)
+            if unit["is_image"]:
+                slide = open_image(uri)
+            else:
+                slide = cached_slide(uri, identity=storage.identity(uri))
+            wanted: list[tuple[dict[str, Any], Callable[[], bytes]]] = []
+            if unit["has_thumbnail"]:
+                wanted.append(({"uri": uri}, partial(slide_picture, slide)))
             for x, y, width, height in unit["places"]:
                 place = TilePlace(x_l0=x, y_l0=y, width_px=width, height_px=height, label="")
-                picture = tile_picture(slide, place)
-                rows.append({"uri": uri, "x_l0": x, "y_l0": y, "jpeg": picture})
-            # Last: a coarse level may be damaged where all tiles read.
-            if unit["has_thumbnail"]:
-                rows.append({"uri": uri, "jpeg": slide_picture(slide)})
+                row = {"uri": uri, "x_l0": x, "y_l0": y}
+                wanted.append((row, partial(tile_picture, slide, place)))
+            for row, picture in wanted:
+                try:
+                    rows.append(row | {"jpeg": picture()})
+                except CarnError as error:  # of this place; others may be sound
+                    logger.warning("no picture of %s", error)
     except Exception as error:
         logger.warning("no picture of %s: %s", uri, error)
     return pa.Table.from_pylist(rows, schema=PICTURE_RESULT)
 
 
 def export_unit(unit: Unit, attempt: Attempt) -> pa.Table:
-    """Export one shard: `output`, `export_uri`, `name`, `first_number` and `scales` in."""
+    """Export one shard: `output`, `export_uri`, `name`, `first_number`, ... in."""
     num_tiles, reason = 0, None
     try:
         with attempt(unit["name"]):
@@ -186,6 +193,7 @@ def export_unit(unit: Unit, attempt: Attempt) -> pa.Table:
                 unit["export_uri"],
                 unit["name"],
                 first_number=unit["first_number"],
+                num_digits=unit["num_digits"],
                 scales=unit["scales"],
             )
     except Exception as error:
@@ -203,16 +211,23 @@ def _kept(
 ) -> pa.Table:
     """The table that an earlier run kept for this unit, or else a new one, kept when final."""
     wish = {name: value for name, value in unit.items() if name != "work_uri"}
-    text = json.dumps([STAGE_FORMAT, __version__, identity, wish], sort_keys=True)
+    text = json.dumps([code_version(), identity, wish], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:24]
     uri = storage.join(unit["work_uri"], f"{key}.parquet")
-    if storage.is_file(uri):
-        return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+    # What is kept saves work; that it cannot be read or written is no fault of the slide's.
+    try:
+        if storage.is_file(uri):
+            return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+    except (CarnError, pa.ArrowException, OSError) as error:
+        logger.warning("a kept result cannot be read, it is made again: %s", error)
     table = compute()
     if is_final(table):
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
-        storage.write_bytes(uri, buffer.getvalue())
+        try:
+            storage.write_bytes(uri, buffer.getvalue())
+        except CarnError as error:
+            logger.warning("a result cannot be kept for a later run: %s", error)
     return table
 
 

@@ -4,7 +4,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from carn import storage
 from carn.errors import SlideError
@@ -58,7 +58,12 @@ def _decode(uri: str, content: bytes) -> tuple[Rgb, bytes | None]:
                     f"claims {image.width} x {image.height} px, more than the {MAX_IMAGE_PX} that "
                     "are read as one image; store it as a tiled, pyramidal TIFF",
                 )
+            if image.mode.startswith(("I", "F")):
+                raise SlideError(
+                    uri, f"holds pixels of more than 8 bits (mode {image.mode}); convert it to RGB"
+                )
             icc_profile = image.info.get("icc_profile")
+            image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = Image.alpha_composite(
                     Image.new("RGBA", image.size, "white"), image.convert("RGBA")

@@ -72,15 +72,15 @@ def fetch(uri: str) -> tuple[Path, IO[bytes]]:
             "set CARN_CACHE_DIR to a folder that can",
         ) from error
     try:
-        with _locked(pin, fcntl.LOCK_EX):
-            if not (folder / ".complete").exists():
-                _fetch_into(uri, folder, key)
-            (folder / ".complete").touch()  # the time of last use
-        # Between the two locks a copy may be evicted; whoever evicts removes `.complete` first.
+        # The pin comes first: from here on nobody evicts the copy, whole or half-fetched. Who
+        # fetches is settled by another lock, or the holders of the pin would bar each other.
         fcntl.flock(pin, fcntl.LOCK_SH)
         if not (folder / ".complete").exists():
-            pin.close()
-            return fetch(uri)
+            with (root / f".{key}.fetch").open("ab") as turn, _locked(turn, fcntl.LOCK_EX):
+                if not (folder / ".complete").exists():
+                    _fetch_into(uri, folder, key)
+                (folder / ".complete").touch()
+        os.utime(folder / ".complete")  # the time of last use
     except BaseException:
         pin.close()
         raise
@@ -101,6 +101,10 @@ def _fetch_into(uri: str, folder: Path, key: str) -> None:
 
 def _companions(uri: str) -> list[storage.ObjectStat]:
     suffix = Path(storage.name_of(uri)).suffix.lower()
+    if suffix in (".vms", ".vmu"):
+        raise StorageError(
+            uri, f"is a {suffix} slide of several files, which are not fetched; copy it to a disk"
+        )
     if suffix == ".mrxs":
         return storage.list_objects(uri[: -len(suffix)])
     if suffix == ".dcm":

@@ -21,6 +21,8 @@ Rgb = NDArray[np.uint8]
 MAX_EXTENT_PX = 2_000_000
 # The most pixels one read may ask for (3 GiB of RGB): more is a mistake, not a region.
 MAX_REGION_PX = 1 << 30
+# Pixels that are held at once when a whole level is made smaller: 48 MB of RGB.
+STRIP_PX = 1 << 24
 # Resolution tags coarser than this are the dots per inch of a printer, not of a microscope: 72 dpi,
 # the usual placeholder, would be 353 um per px. The whole width of a glass slide in 512 px is 50.
 MAX_MPP_UM = 100.0
@@ -168,19 +170,42 @@ class Slide(ABC):
         return region
 
     def thumbnail(self, max_side_px: int) -> Rgb:
-        """The whole slide, its longer side at most `max_side_px`, from the nearest finer level."""
+        """The whole slide, its longer side at most `max_side_px`, by area means.
+
+        It is made from the coarsest level that is fine enough, read in strips, so that a slide
+        without a pyramid takes no more memory than one with; where that level is damaged, from a
+        finer one.
+
+        Raises:
+            DamagedTileError: no level that is fine enough can be read.
+        """
+        downsample = max(1.0, max(self.extent) / max_side_px)
+        size = (
+            max(1, round(self.extent[0] / downsample)),
+            max(1, round(self.extent[1] / downsample)),
+        )
+        first = self.level_for_downsample(downsample)
+        for level in range(first, -1, -1):
+            try:
+                return self._reduced(level, size)
+            except DamagedTileError:
+                if level == 0:
+                    raise
+        raise AssertionError("unreachable: level 0 returns or raises")
+
+    def _reduced(self, level: int, size: tuple[int, int]) -> Rgb:
         from PIL import Image
 
-        downsample = max(1.0, max(self.extent) / max_side_px)
-        level = self.level_for_downsample(downsample)
         found = self.levels[level]
-        pixels = self.read_region(0, 0, found.width_px, found.height_px, level=level)
-        width = max(1, round(self.extent[0] / downsample))
-        height = max(1, round(self.extent[1] / downsample))
-        if (width, height) == (found.width_px, found.height_px):
-            return pixels
-        image = Image.fromarray(pixels)
-        return np.asarray(image.resize((width, height), Image.Resampling.BOX))
+        factor = max(1, min(found.width_px // size[0], found.height_px // size[1]))
+        rows = max(1, STRIP_PX // (found.width_px * factor)) * factor
+        strips = []
+        for top in range(0, found.height_px, rows):
+            height = min(rows, found.height_px - top)
+            strip = self._read_level(0, top, found.width_px, height, level=level)
+            strips.append(np.asarray(Image.fromarray(strip).reduce(factor)))
+        image = Image.fromarray(np.concatenate(strips) if len(strips) > 1 else strips[0])
+        return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BOX))
 
     def _level_location(self, x_l0: int, y_l0: int, *, level: int) -> tuple[int, int]:
         if level == 0:

@@ -336,6 +336,7 @@ def manifest_of(selected: pa.Table) -> dict[str, Any]:
         selected,
         config={"seed": 1},
         source_digest="digest",
+        lists={"/lists/tumor.txt": "sha256:1"},
         num_listed=99,
         num_missing=7,
         plans=plans,
@@ -379,3 +380,21 @@ def test_a_manifest_is_json_and_the_same_for_rows_in_any_order(measured) -> None
         for each in (table, table.take(pa.array(order)))
     ]
     assert texts[0] == texts[1]
+
+
+def test_numbered_images_keep_their_sides_when_some_do_not_read(measured) -> None:
+    rows = [{"slide": f"{number:04d}", "mean_r": float(number)} for number in range(1, 13)]
+    rows[2]["reason"] = "damaged"
+    rows[11]["reason"] = "damaged"
+    selected = select_tiles(
+        measured(rows),
+        white=FilterConfig(),
+        select=SelectConfig(keep=6, num_test=3, num_validation=2, split="numbered"),
+        seed=1,
+    )
+    found = {row["slide"]: row["status"] for row in selected.to_pylist()}
+    assert found["0003"] == found["0012"] == "failed"
+    assert {name for name, status in found.items() if status == "test"} == {"0010", "0011"}
+    assert {name for name, status in found.items() if status == "validation"} == {"0008", "0009"}
+    # None is dropped by rank, whatever `keep` says.
+    assert list(found.values()).count("train") == 6

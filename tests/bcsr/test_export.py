@@ -12,6 +12,7 @@ from carn.bcsr.codec import encode
 from carn.bcsr.degradation import degrade
 from carn.bcsr.export import (
     EXPORT_MARKER,
+    begin_export,
     export_shard,
     export_state,
     finish_export,
@@ -65,7 +66,9 @@ def test_every_tile_becomes_one_hr_and_an_lr_of_each_scale(dataset, tmp_path: Pa
     target = tmp_path / "edsr"
     numbers = first_numbers(shards)
     for name, first in reversed(numbers.items()):  # shards are exported in any order
-        count = export_shard(uri, str(target), name, first_number=first, scales=(2, 3))
+        count = export_shard(
+            uri, str(target), name, first_number=first, num_digits=4, scales=(2, 3)
+        )
         assert count == len(SIZES[name.removesuffix(".parquet")])
     found = sorted(str(path.relative_to(target)) for path in target.rglob("*.png"))
     assert found == sorted(
@@ -93,7 +96,7 @@ def test_an_export_again_is_the_same_bytes(dataset, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         target = tmp_path / folder
         for name, first in first_numbers(shards).items():
-            export_shard(uri, str(target), name, first_number=first, scales=(4,))
+            export_shard(uri, str(target), name, first_number=first, num_digits=4, scales=(4,))
         contents.append(
             {p.relative_to(target): p.read_bytes() for p in target.rglob("*") if p.is_file()}
         )
@@ -101,24 +104,32 @@ def test_an_export_again_is_the_same_bytes(dataset, tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
-def test_numbers_above_9999_keep_their_digits(dataset, tmp_path: Path) -> None:
+def test_numbers_have_as_many_digits_as_the_largest(dataset, tmp_path: Path) -> None:
     uri, _, _ = dataset
-    export_shard(uri, str(tmp_path / "e"), "train-1.parquet", first_number=12345, scales=())
+    wish: dict[str, Any] = {"num_digits": 5, "scales": (2,)}
+    export_shard(uri, str(tmp_path / "e"), "train-1.parquet", first_number=12345, **wish)
+    export_shard(uri, str(tmp_path / "e"), "train-0.parquet", first_number=1, **wish)
     assert (tmp_path / "e" / "HR" / "12345.png").is_file()
+    # All as long: sorted names pair HR with LR.
+    assert (tmp_path / "e" / "HR" / "00001.png").is_file()
+    assert (tmp_path / "e" / "LR_bicubic" / "X2" / "00001x2.png").is_file()
 
 
 def test_the_marker_says_what_the_export_holds(tmp_path: Path) -> None:
     target = tmp_path / "edsr"
-    assert export_state(str(target)) is None
+    assert export_state(str(target)) == (None, False)
     state = {"scales": [2, 4], "shards": [["train-0.parquet", 2]]}
+    begin_export(str(target), state)
+    assert export_state(str(target)) == (state, False)
     finish_export(str(target), state)
-    assert export_state(str(target)) == state
+    assert export_state(str(target)) == (state, True)
+    assert [path.name for path in target.iterdir()] == [EXPORT_MARKER]
     assert json.loads((target / EXPORT_MARKER).read_bytes()) == state
 
 
 def test_a_shard_that_is_not_there_or_damaged_is_named(dataset, tmp_path: Path) -> None:
     uri, _, _ = dataset
-    wish: dict[str, Any] = {"first_number": 1, "scales": (2,)}
+    wish: dict[str, Any] = {"first_number": 1, "num_digits": 4, "scales": (2,)}
     with pytest.raises(MissingObjectError, match=r"gone\.parquet"):
         export_shard(uri, str(tmp_path / "e"), "gone.parquet", **wish)
     Path(shard_uri(uri, "test-0.parquet")).write_bytes(b"damaged")

@@ -239,6 +239,9 @@ def test_storage_that_fails_under_a_read_is_transient(
     assert row["is_transient"] is True
 
 
+PLACED = "damaged tile on level 0 at level-0 px (1, 2): bad tile"
+
+
 @pytest.mark.parametrize(
     ("error", "is_transient", "reason"),
     [
@@ -246,7 +249,7 @@ def test_storage_that_fails_under_a_read_is_transient(
         (MissingObjectError("u", "no file"), True, "no file"),
         (AccessDeniedError("u", "denied"), True, "denied"),
         (SlideError("u", "bad"), False, "bad"),
-        (DamagedTileError("u", "bad tile", 0, 1, 2), False, "bad tile"),
+        (DamagedTileError("u", "bad tile", 0, 1, 2), False, PLACED),
         (CarnError("it died"), True, "it died"),
         (KeyError("oops"), True, "unexpected KeyError: 'oops'"),
     ],

@@ -124,10 +124,7 @@ def test_a_name_changes_with_encoding_and_version(selected, monkeypatch) -> None
     table = selected(PLACES)
     names = {p.name for p in plan(table)}
     assert names.isdisjoint(p.name for p in plan(table, encoding="png"))
-    monkeypatch.setattr(shards, "SHARD_FORMAT", shards.SHARD_FORMAT + 1)
-    assert names.isdisjoint(p.name for p in plan(table))
-    monkeypatch.undo()
-    monkeypatch.setattr(shards, "__version__", "999")
+    monkeypatch.setattr(shards, "code_version", lambda: "0.1.0+src.another")
     assert names.isdisjoint(p.name for p in plan(table))
 
 
@@ -268,12 +265,13 @@ def test_a_slide_that_may_not_be_attempted_fails_all_its_tiles(
     @contextmanager
     def attempt(key: str) -> Iterator[None]:
         attempted.append(key)
-        if key == str(slides[1]):
+        if key.endswith(str(slides[1])):
             raise CarnError("it took the process down")
         yield
 
     result = write_shard(str(tmp_path / "out"), shard, attempt=attempt)
-    assert attempted == [str(path) for path in slides]
+    # Per shard: those that are written at the same time do not count as one that fails.
+    assert attempted == [f"{shard.name}|{path}" for path in slides]
     assert [failure[0] for failure in result.failures] == ["b"] * 5
     assert {failure[4] for failure in result.failures} == {"it took the process down"}
 

@@ -105,11 +105,27 @@ def test_another_version_measures_anew(
     measuring: dict[str, Any], attempt: Attempt, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure_unit(measuring, attempt)
-    monkeypatch.setattr(stages, "__version__", "999")
+    monkeypatch.setattr(stages, "code_version", lambda: "0.1.0+src.another")
     measure_unit(measuring, attempt)
-    monkeypatch.setattr(stages, "STAGE_FORMAT", 999)
-    measure_unit(measuring, attempt)
-    assert len(kept(work)) == 3
+    assert len(kept(work)) == 2
+
+
+def test_what_cannot_be_kept_is_measured_all_the_same(
+    measuring: dict[str, Any], attempt: Attempt, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = measure_unit(measuring, attempt)
+    (name,) = kept(work)
+    path = work / name
+    path.write_bytes(b"PAR1 damaged")
+    assert measure_unit(measuring, attempt).equals(expected)
+    assert path.read_bytes() != b"PAR1 damaged"
+
+    def full(uri: str, _: bytes) -> None:
+        raise StorageError(uri, "no space left on device")
+
+    path.unlink()
+    monkeypatch.setattr(stages.storage, "write_bytes", full)
+    assert measure_unit(measuring, attempt).equals(expected)
 
 
 def test_where_results_are_kept_does_not_name_them(
@@ -397,7 +413,12 @@ def test_an_exported_unit_counts_its_tiles_or_says_why_not(
     writing: dict[str, Any], attempt: Attempt, tmp_path: Path
 ) -> None:
     write_unit(writing, attempt)
-    unit = {"output": writing["output"], "name": writing["name"], "first_number": 7}
+    unit = {
+        "output": writing["output"],
+        "name": writing["name"],
+        "first_number": 7,
+        "num_digits": 4,
+    }
     unit |= {"export_uri": str(tmp_path / "edsr"), "scales": [2]}
     table = export_unit(unit, attempt)
     assert table.schema == EXPORT_RESULT

@@ -190,13 +190,35 @@ def test_a_finished_dataset_is_not_replaced_unasked(
     assert {path.name for path in (output / "tiles").iterdir()} == names
 
 
-def test_new_slides_are_noticed(slides: Path, tmp_path: Path, ray_here: None) -> None:
+def test_another_spelling_of_the_same_is_the_same(
+    built: Path, slides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(slides)
+    assert main(make_job(slides, built, slides=("slides/",))) == 0
+
+
+def test_an_edited_list_is_noticed(slides: Path, tmp_path: Path, ray_here: None) -> None:
     import shutil
 
     lab = tmp_path / "lab"
     shutil.copytree(slides, lab)
     assert main(make_job(lab, tmp_path / "out")) == 0
+    text = (lab / "tumor.txt").read_text()
+    (lab / "tumor.txt").write_text(text.replace("Case_001", "Case_002", 1))  # of the same size
+    with pytest.raises(DatasetError, match="changed since"):
+        main(make_job(lab, tmp_path / "out"))
+
+
+def test_replaced_slides_are_noticed(slides: Path, tmp_path: Path, ray_here: None) -> None:
+    import shutil
+
+    lab = tmp_path / "lab"
+    shutil.copytree(slides, lab)
+    assert main(make_job(lab, tmp_path / "out")) == 0
+    # One that no list names is none of the dataset's business.
     draw_slide(lab / "slides" / "Case_099.tif", 99)
+    assert main(make_job(lab, tmp_path / "out")) == 0
+    draw_slide(lab / "slides" / "Case_001.tif", 99)
     with pytest.raises(DatasetError, match="changed since"):
         main(make_job(lab, tmp_path / "out"))
 
@@ -396,12 +418,13 @@ def test_a_driver_killed_again_and_again_at_any_moment(
 
 
 def test_what_a_run_killed_at_its_very_end_left_is_tidied_up(
-    slides: Path, built: Path, tmp_path: Path
+    slides: Path, built: Path, tmp_path: Path, ray_here: None
 ) -> None:
     import shutil
 
     output = tmp_path / "out"
     shutil.copytree(built, output)
+    (output / "manifest.json").unlink()
     (output / "_work" / "measured").mkdir(parents=True)
     (output / "_work" / "measured" / "x.parquet").write_bytes(b"x")
     (output / "tiles" / ".train.parquet.abc.carn-part").write_bytes(b"x")
@@ -513,6 +536,14 @@ def test_export_and_import_in_the_published_layout(
     with pytest.raises(DatasetError, match="other scales"):
         main(make_job(slides, output, export="edsr", export_scales=(4,)))
 
+    # Interrupted, by another selection: nothing of it may stay among the new images.
+    (output / "edsr" / "export.json").rename(output / "edsr" / "export.begun.json")
+    (output / "edsr" / "HR" / "0061.png").write_bytes(b"of the selection before")
+    assert main(make_job(slides, output, export="edsr", export_scales=(2,))) == 0
+    assert sorted(path.name for path in (output / "edsr" / "HR").iterdir()) == names
+    assert not (output / "edsr" / "LR_bicubic" / "X3").exists()
+    assert not (output / "edsr" / "export.begun.json").exists()
+
     imported = BuildJob(
         output=str(tmp_path / "imported"),
         images=str(output / "edsr"),
@@ -590,13 +621,16 @@ def test_on_object_storage(built: Path, slides: Path, ray_here_s3: str) -> None:
         ({"csv_anchor": "corner"}, "none are given"),
         ({"coordinates": ("a.csv",)}, "--csv-anchor"),
         ({"export_scales": (2, 5)}, r"\[5\]"),
+        ({"seed": -1}, "seed=-1"),
+        ({"slides": ("gs://bucket/x",)}, "'gs' is not supported"),
+        ({"output": "s3:/lost"}, "lost a slash"),
     ],
 )
 def test_contradictions_are_refused(
     slides: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make_job(slides, tmp_path, **changes)
+        make_job(slides, **({"output": tmp_path} | changes))
 
 
 def test_wrong_places_are_named(slides: Path, tmp_path: Path) -> None:

@@ -141,3 +141,21 @@ def test_any_damage_opens_or_is_a_slide_error(
             slide.read_region(0, 0, 10, 10)
     except SlideError as error:
         event(error.reason[:20])
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pixels_of_more_than_8_bits_are_refused(tmp_path: Path, dtype: type) -> None:
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.zeros((8, 8), dtype=dtype)).save(path)
+    with pytest.raises(SlideError, match="more than 8 bits"):
+        open_image(path)
+
+
+def test_a_turned_photograph_stands_upright(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 6, 3), dtype=np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # orientation: upside down
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    with open_image(tmp_path / "turned.png") as image:
+        np.testing.assert_array_equal(image.read_region(0, 0, 6, 4), pixels[::-1, ::-1])

@@ -307,3 +307,26 @@ def test_a_remote_text_file_frees_its_pin(s3: Any, monkeypatch: pytest.MonkeyPat
     for name in ("a.svs", "b.svs"):  # the second fits only where the first one let go
         with pytest.raises(SlideError, match=f"{name}: is not a slide"):
             open_slide(s3.put(name, b"text" * 250))
+
+
+def test_several_hold_the_same_slide_at_once(stub_s3: Any, python: Any) -> None:
+    stub_s3.objects["b/a.svs"] = b"slide" * 1000
+    path, pin = node_cache.fetch("s3://b/a.svs")
+    again, another_pin = node_cache.fetch("s3://b/a.svs")  # in this process
+    assert again == path
+    other = python(
+        """
+        path, pin = node_cache.fetch("s3://b/a.svs")
+        print(path)
+        sys.stdin.read()
+        """
+    )
+    assert Path(other.stdout.readline().strip()) == path  # and in another, while both are held
+    pin.close()
+    another_pin.close()
+
+
+def test_slides_of_several_files_that_are_not_fetched_say_so(stub_s3: Any) -> None:
+    stub_s3.objects["b/a.vms"] = b"[Virtual Microscope Specimen]"
+    with pytest.raises(StorageError, match="copy it to a disk"):
+        node_cache.fetch("s3://b/a.vms")

@@ -21,11 +21,13 @@ from PIL import Image, ImageCms
 from carn.errors import (
     AccessDeniedError,
     CarnError,
+    DamagedTileError,
     MissingObjectError,
     SlideError,
     StorageError,
 )
 from carn.slides import Slide, cached_slide, open_slide
+from carn.slides import slide as slide_module
 from carn.slides.opening import MAX_OPEN_SLIDES, _cached
 from carn.slides.slide import MAX_REGION_PX
 
@@ -514,3 +516,48 @@ def test_threads_share_a_slide(write_slide: WriteSlide, compression: str) -> Non
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(8)))
+
+
+def test_a_thumbnail_of_a_slide_without_pyramid_is_made_in_strips(
+    write_slide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_slide("flat.tif", extent=(900, 700), num_levels=1)
+    with open_slide(path) as slide:
+        at_once = slide.thumbnail(100).astype(int)
+        pixels = slide.read_region(0, 0, 900, 700).astype(float)
+    largest = 0
+    with open_slide(path) as slide:
+        inner = slide._read_level
+
+        def counting(x: int, y: int, width: int, height: int, *, level: int) -> Any:
+            nonlocal largest
+            largest = max(largest, width * height)
+            return inner(x, y, width, height, level=level)
+
+        monkeypatch.setattr(slide_module, "STRIP_PX", 900 * 50)
+        monkeypatch.setattr(slide, "_read_level", counting)
+        strips = slide.thumbnail(100).astype(int)
+    assert largest <= 900 * 50
+    assert strips.shape == (78, 100, 3)
+    assert np.abs(strips - at_once).max() <= 1
+    # Area means: the middle of a pixel's square is near its mean.
+    np.testing.assert_allclose(strips.mean(axis=(0, 1)), pixels.mean(axis=(0, 1)), atol=1.0)
+
+
+def test_a_thumbnail_of_a_slide_with_a_damaged_coarse_level_is_made_from_a_finer_one(
+    write_slide: Any,
+) -> None:
+    path = write_slide("coarse.tif", extent=(1024, 768), num_levels=3, tile_px=128)
+    with open_slide(path) as slide:
+        expected = slide.thumbnail(200).astype(int)
+        level = slide._jpeg_levels[2]  # type: ignore[attr-defined]
+        start = int(level.offsets[0])
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(40))
+    with open_slide(path) as slide:
+        with pytest.raises(DamagedTileError, match="level 2"):
+            slide.read_region(0, 0, 64, 64, level=2)
+        found = slide.thumbnail(200).astype(int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).mean() < 4

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from carn.errors import StorageError
 from carn.slides import open_slide
 
 TILE_PX = 512
@@ -159,3 +160,12 @@ def test_a_broken_connection_under_a_read_is_healed(stub_s3: Any, slide: SparseS
         expected, _ = expected_region(slide, 3000, 3000)
         found = opened.read_region(3000, 3000, REGION_PX, REGION_PX)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_an_object_replaced_under_an_open_slide_is_an_error(s3: Any, write_slide: Any) -> None:
+    s3.put("a.tif", write_slide("one.tif", extent=(600, 400), seed=1).read_bytes())
+    with open_slide(s3.uri("a.tif")) as opened:
+        opened.read_region(0, 0, 64, 64)
+        s3.put("a.tif", write_slide("two.tif", extent=(600, 400), seed=2).read_bytes())
+        with pytest.raises(StorageError, match="was replaced"):
+            opened.read_region(500, 300, 64, 64)

@@ -318,7 +318,7 @@ def test_a_damaged_tile_error_travels() -> None:
     assert str(copy) == str(error)
     assert (copy.uri, copy.reason, copy.level, copy.x_l0, copy.y_l0) == (
         "s3://b/a.tif",
-        "why",
+        "damaged tile on level 2 at level-0 px (1024, 512): why",
         2,
         1024,
         512,
