@@ -44,8 +44,8 @@ def ray_here_s3(ray_here: None) -> Iterator[str]:
         given = f"http://{host}:{port}"
     settings = {
         "AWS_ENDPOINT_URL": given,
-        "AWS_ACCESS_KEY_ID": os.environ.get("CARN_TEST_S3_KEY", "test"),
-        "AWS_SECRET_ACCESS_KEY": os.environ.get("CARN_TEST_S3_SECRET", "test"),
+        "AWS_ACCESS_KEY_ID": os.environ.get("AWS_ACCESS_KEY_ID", "test"),
+        "AWS_SECRET_ACCESS_KEY": os.environ.get("AWS_SECRET_ACCESS_KEY", "test"),
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     with pytest.MonkeyPatch.context() as patch:
