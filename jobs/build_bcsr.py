@@ -16,14 +16,12 @@ Examples:
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,25 +36,18 @@ import tyro
 from carn import storage
 from carn.bcsr import build
 from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig, StoreConfig
-from carn.bcsr.coordinates import (
-    draw_positions,
-    ncrf_label,
-    read_csv,
-    read_ncrf_list,
-    resolve_slides,
-)
+from carn.bcsr.coordinates import draw_positions
 from carn.bcsr.dataset import read_manifest, write_manifest
 from carn.bcsr.degradation import DEGRADATION, SCALES
 from carn.bcsr.export import begin_export, export_state, finish_export, first_numbers
-from carn.bcsr.locate import LOCATED, find_annotations, name_slides
+from carn.bcsr.locate import LOCATED
 from carn.bcsr.schema import MEASURED, SPLITS
 from carn.bcsr.shards import ShardPlan, plan_shards
+from carn.bcsr.source import Source, find_images, find_listed, find_slides
 from carn.bcsr.stages import export_unit, locate_unit, measure_unit, picture_unit, write_unit
-from carn.errors import CarnError, CoordinateError, DatasetError, StorageError
+from carn.errors import CarnError, DatasetError, StorageError
 from carn.report.bcsr_report import render
 from carn.report.bcsr_summary import Place, slides_to_show, summarize, tiles_to_show
-from carn.slides.image import IMAGE_SUFFIXES
-from carn.slides.listing import list_slides
 from jobs.ray_stage import StageRunner, start_ray
 
 logger = logging.getLogger("build_bcsr")
@@ -158,17 +149,6 @@ class BuildJob:
         return settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where tiles may be cut: slides by URI with their names, and what has been asked of them."""
-
-    names: dict[str, str]
-    positions: pa.Table | None
-    missing: dict[str, int]
-    lists: dict[str, str]
-    digest: str
-
-
 def main(job: BuildJob) -> int:
     """Build the dataset; returns the process's exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -208,7 +188,7 @@ def build_dataset(
     measured = pa.concat_tables(
         [MEASURED.empty_table(), *runner.run("measuring", measure_unit, units)]
     )
-    measured = _with_lost(measured, units)
+    measured = build.with_lost(measured, units)
     failures += build.measured_failures(measured)
     # Written before the selection as well: when nothing is left to select, it says why.
     failures_uri = storage.join(output, "failures.parquet")
@@ -247,88 +227,21 @@ def build_dataset(
 
 
 def find_source(job: BuildJob) -> Source:
-    """List the slides (or images) and read the coordinate lists; all cheap checks are made here.
+    """What the job starts from; all cheap checks are made here.
 
     Raises:
         CarnError: nothing there, no access, a malformed list, or no listed slide is there.
     """
     if job.images:
-        root = storage.normalize(job.images)
-        inner = storage.join(root, "HR")
-        found = storage.list_objects(inner) or storage.list_objects(root)
-        uris = [item.uri for item in found if item.uri.lower().endswith(IMAGE_SUFFIXES)]
-        if not uris:
-            raise StorageError(root, f"no images here ({', '.join(IMAGE_SUFFIXES)})")
-        names = name_slides(uris)
-        return Source(names=names, positions=None, missing={}, lists={}, digest=_digest(uris, {}))
-    uris = list_slides(job.slides)
-    if not uris:
-        raise StorageError(" ".join(job.slides), "no slides here (by their file names' extensions)")
-    names = name_slides(uris)
+        return find_images(job.images)
     if not job.coordinates:
-        below = list(find_annotations(job.annotations, names).values()) if job.annotations else []
-        if job.annotations and not below:
-            raise CoordinateError(
-                f"{job.annotations} holds no annotation (.xml or .json) named as a slide, such as "
-                f"{storage.stem_of(uris[0])!r}"
-            )
-        lists = {uri: storage.content_hash(uri) for uri in below}
-        digest = _digest(uris, lists)
-        return Source(names=names, positions=None, missing={}, lists=lists, digest=digest)
-    listed = pa.concat_tables([_read_list(job, storage.normalize(uri)) for uri in job.coordinates])
-    positions, missing = resolve_slides(listed, uris)
-    counts = pc.value_counts(listed["slide"]).to_pylist()
-    num_missing = {c["values"]: c["counts"] for c in counts if c["values"] in set(missing)}
-    if missing:
-        shown = ", ".join(missing)
-        logger.warning(
-            "%d of the listed slides are not below %s (%d positions): %s",
-            *(len(missing), " ".join(job.slides), sum(num_missing.values()), shown),
-        )
-    if not len(positions):
-        raise CoordinateError(
-            f"none of the {len(missing)} listed slides is below {' '.join(job.slides)}; lists name "
-            f"slides such as {missing[0]!r}, files are named such as {storage.name_of(uris[0])!r}"
-        )
-    named = positions.set_column(
-        0, "slide", pa.array([names[u] for u in positions["uri"].to_pylist()])
+        return find_slides(job.slides, annotations=job.annotations)
+    return find_listed(
+        job.slides,
+        coordinates=job.coordinates,
+        csv_anchor=job.csv_anchor,
+        tile_px=job.filter.tile_px,
     )
-    lists = {uri: storage.content_hash(uri) for uri in map(storage.normalize, job.coordinates)}
-    return Source(
-        names=names,
-        positions=named,
-        missing=num_missing,
-        lists=lists,
-        digest=_digest(sorted(set(positions["uri"].to_pylist())), lists),
-    )
-
-
-def _read_list(job: BuildJob, uri: str) -> pa.Table:
-    tile_px = job.filter.tile_px
-    if job.csv_anchor is not None and uri.lower().endswith(".csv"):
-        return read_csv(uri, anchor=job.csv_anchor, tile_px=tile_px)
-    label = ncrf_label(uri)
-    if label is None:
-        raise CoordinateError(
-            f"{uri}: the label of an NCRF list is told by its name, which must begin with tumor or "
-            "normal; rename it, or give a .csv with a header (uri, x, y, label)"
-        )
-    return read_ncrf_list(uri, label=label, tile_px=tile_px)
-
-
-def _digest(slides: Sequence[str], lists: Mapping[str, str]) -> str:
-    """Changes when a slide or a list (by URI, with its identity) comes, goes or is replaced."""
-    with ThreadPoolExecutor(16) as pool:
-        found = dict(zip(slides, pool.map(_identity_or_none, slides), strict=True))
-    text = json.dumps([found, dict(lists)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _identity_or_none(uri: str) -> str | None:
-    try:
-        return storage.identity(uri)
-    except StorageError:
-        return None  # whoever reads it will say why
 
 
 def _check_same(manifest: dict[str, Any], job: BuildJob, source: Source, output: str) -> None:
@@ -361,14 +274,13 @@ def locate(
     """Positions found on the slides themselves, and FAILURES rows of slides that have none."""
     work_uri = storage.join(output, "_work", "located")
     common = {"tile_px": job.filter.tile_px, "work_uri": work_uri}
-    annotations = find_annotations(job.annotations, source.names) if job.annotations else {}
     units = []
     for uri, name in source.names.items():
         unit = {"slide": name, "uri": uri, **common}
         if job.annotations is None:
             units.append(unit | {"min_tissue": job.draw.min_tissue})
             continue
-        annotation = annotations.get(name)
+        annotation = source.annotations.get(name)
         if annotation is None and job.draw.unannotated_slides == "skip":
             continue
         identity = None if annotation is None else source.lists[annotation]
@@ -391,7 +303,7 @@ def locate(
     ]
     located = found.filter(pc.is_null(found["reason"])).select(LOCATED.names)
     if len(tables) < len(units):
-        raise DatasetError(f"{len(units) - len(tables)} slides were not looked at: {_LOST}")
+        raise DatasetError(f"{len(units) - len(tables)} slides were not looked at: {build.LOST}")
     if not len(located):
         first = (
             f"; the first failure: {failed[0]['slide']}: {failed[0]['reason']}" if failed else ""
@@ -447,25 +359,6 @@ def _image_units(job: BuildJob, source: Source, output: str) -> Iterator[dict[st
         }
 
 
-_LOST = "its reading processes died before they could say why; see the workers' logs"
-
-
-def _with_lost(measured: pa.Table, units: Sequence[dict[str, Any]]) -> pa.Table:
-    """Measured rows, with failed ones for the units that never came back."""
-    found = {
-        (row["uri"], row["x_l0"], row["y_l0"])
-        for row in measured.select(["uri", "x_l0", "y_l0"]).to_pylist()
-    }
-    rows = []
-    for unit in units:
-        for x, y, width, height, label in unit["places"] or [(0, 0, 0, 0, unit.get("label"))]:
-            if (unit["uri"], x, y) not in found:
-                row = {"slide": unit["slide"], "uri": unit["uri"], "x_l0": x, "y_l0": y}
-                row |= {"width_px": width, "height_px": height, "label": label}
-                rows.append(row | {"reason": _LOST, "failed_scope": "slide", "is_transient": True})
-    return pa.concat_tables([measured, pa.Table.from_pylist(rows, schema=MEASURED)])
-
-
 def select_and_write(
     job: BuildJob, measured: pa.Table, output: str, runner: StageRunner
 ) -> tuple[pa.Table, list[ShardPlan], dict[str, int], list[dict[str, Any]]]:
@@ -493,7 +386,7 @@ def select_and_write(
         if broken:
             raise StorageError(output, f"a shard cannot be written: {broken[0]['failures']}")
         if len(results) < len(plans):
-            raise DatasetError(f"{len(plans) - len(results)} shards were not written: {_LOST}")
+            raise DatasetError(f"{len(plans) - len(results)} shards were not written: {build.LOST}")
         failed = [tuple(failure) for row in results for failure in json.loads(row["failures"])]
         if not failed:
             return selected, plans, shard_bytes, write_failures
@@ -579,7 +472,7 @@ def export_edsr(
     ]
     reasons = [row["reason"] for row in results if row["reason"]]
     if reasons or len(results) < len(units):
-        raise DatasetError(f"the export is incomplete: {reasons[0] if reasons else _LOST}")
+        raise DatasetError(f"the export is incomplete: {reasons[0] if reasons else build.LOST}")
     storage.delete_unfinished(export_uri)
     finish_export(export_uri, state)
 

@@ -140,6 +140,26 @@ def measured_failures(measured: pa.Table, *, stage: str = "measure") -> list[dic
     return list(failures.values())
 
 
+# Why there is no word of a unit that was begun.
+LOST = "its reading processes died before they could say why; see the workers' logs"
+
+
+def with_lost(measured: pa.Table, units: Sequence[dict[str, Any]]) -> pa.Table:
+    """Measured rows, with failed ones for the units that never came back."""
+    found = {
+        (row["uri"], row["x_l0"], row["y_l0"])
+        for row in measured.select(["uri", "x_l0", "y_l0"]).to_pylist()
+    }
+    rows = []
+    for unit in units:
+        for x, y, width, height, label in unit["places"] or [(0, 0, 0, 0, unit.get("label"))]:
+            if (unit["uri"], x, y) not in found:
+                row = {"slide": unit["slide"], "uri": unit["uri"], "x_l0": x, "y_l0": y}
+                row |= {"width_px": width, "height_px": height, "label": label}
+                rows.append(row | {"reason": LOST, "failed_scope": "slide", "is_transient": True})
+    return pa.concat_tables([measured, pa.Table.from_pylist(rows, schema=MEASURED)])
+
+
 def mark_failed(measured: pa.Table, failures: Sequence[tuple[str, str, int, int, str]]) -> pa.Table:
     """Measured rows, those that failed since, by (slide, uri, x_l0, y_l0, reason), marked so."""
     reasons = {(uri, x, y): reason for _, uri, x, y, reason in failures}

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from carn import storage
@@ -72,10 +73,9 @@ def plan_shards(selected: pa.Table, *, encoding: Encoding, tiles_per_shard: int)
     """
     plans = []
     columns = [name for name in TILES.names if name in selected.column_names]
-    rows = [row for row in selected.to_pylist() if row["status"] in SPLITS]
     for split in SPLITS:
         of_split = sorted(
-            (row for row in rows if row["status"] == split),
+            selected.filter(pc.equal(selected["status"], split)).to_pylist(),
             key=lambda row: (row["slide"], row["y_l0"], row["x_l0"], row["label"]),
         )
         for start in range(0, len(of_split), tiles_per_shard):
