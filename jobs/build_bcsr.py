@@ -302,6 +302,9 @@ def locate(
         for row in failed
     ]
     located = found.filter(pc.is_null(found["reason"])).select(LOCATED.names)
+    empty = sorted({str(unit["slide"]) for unit in units} - set(found["slide"].to_pylist()))
+    if empty:
+        logger.warning("%d slides offer no tile: %s", len(empty), ", ".join(empty))
     if len(tables) < len(units):
         raise DatasetError(f"{len(units) - len(tables)} slides were not looked at: {build.LOST}")
     if not len(located):

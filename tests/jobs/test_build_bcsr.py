@@ -470,15 +470,24 @@ def _command_line(process: psutil.Process) -> list[str]:
 # ------------------------------------------------------------------------------- other sources
 
 
-def test_grid_without_coordinates(slides: Path, tmp_path: Path, ray_here: None) -> None:
+def test_grid_without_coordinates(
+    slides: Path, tmp_path: Path, ray_here: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    lab = tmp_path / "lab"
+    shutil.copytree(slides, lab)
+    glass = np.full((512, 640, 3), 245, dtype=np.uint8)
+    write_pyramid(lab / "slides" / "Glass.tif", glass, mpp_um=0.25)
     job = make_job(
-        slides,
+        lab,
         tmp_path / "out",
         coordinates=(),
         draw=DrawConfig(per_class=None, min_tissue=0.5),
         select=SelectConfig(keep=None, num_test=30, num_validation=20),
     )
     assert main(job) == 0
+    assert "1 slides offer no tile: Glass" in caplog.text
     table = pq.read_table(tmp_path / "out" / "measured.parquet").to_pylist()
     assert {row["label"] for row in table} == {"unlabeled"}
     assert all(row["x_l0"] % TILE_PX == 0 and row["y_l0"] % TILE_PX == 0 for row in table)
