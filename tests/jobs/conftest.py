@@ -2,8 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+
+from jobs.build_bcsr import main
+from tests.jobs.lab import draw_slide, make_job
 
 # Loopback only: without this, tests would write a token file into the user's home.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -61,3 +66,29 @@ def ray_here_s3(ray_here: None) -> Iterator[str]:
     start_ray()
     if server is not None:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six slides and an NCRF list of each class; some tiles are white, two centres coincide."""
+    root = tmp_path_factory.mktemp("lab")
+    (root / "slides").mkdir()
+    rng = np.random.default_rng(0)
+    lines: dict[str, list[str]] = {"tumor": [], "normal": []}
+    for number in range(6):
+        name = f"Case_{number:03d}"
+        draw_slide(root / "slides" / f"{name}.tif", number)
+        for label in lines:
+            xy = np.stack([rng.integers(32, 608, 12), rng.integers(32, 480, 12)], axis=1)
+            lines[label] += [f"{name},{x},{y}" for x, y in xy]
+    for label, rows in lines.items():
+        (root / f"{label}.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def built(slides: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+    """The dataset of an undisturbed run."""
+    output = tmp_path_factory.mktemp("built") / "bcsr"
+    assert main(make_job(slides, output)) == 0
+    return output

@@ -1,24 +1,20 @@
 """The whole job on drawn slides, in every way it is run."""
 
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from PIL import Image
-from scipy import ndimage
 
-from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig, StoreConfig
+from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig
 from carn.bcsr.dataset import open_dataset
 from carn.bcsr.degradation import degrade
 from carn.bcsr.stages import measure_unit
@@ -27,67 +23,9 @@ from carn.slides import open_slide
 from carn.slides.pyramid import write_pyramid
 from jobs import build_bcsr
 from jobs.build_bcsr import BuildJob, RunConfig, main
+from tests.jobs.lab import ROOT, TILE_PX, content_of, draw_slide, make_job
 
-ROOT = Path(__file__).resolve().parents[2]
-TILE_PX = 64
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
-
-
-def draw_slide(path: Path, seed: int, *, width: int = 640, height: int = 512) -> None:
-    """A slide with structure everywhere but a white right quarter."""
-    rng = np.random.default_rng(seed)
-    noise = ndimage.gaussian_filter(rng.normal(size=(height, width, 3)), (3, 3, 0))
-    pixels = np.clip(130 + 400 * noise + rng.uniform(-40, 40, 3), 0, 220).astype(np.uint8)
-    pixels[:, -width // 4 :] = 245
-    write_pyramid(path, pixels, mpp_um=0.25, tile_px=128)
-
-
-@pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six slides and an NCRF list of each class; some tiles are white, two centres coincide."""
-    root = tmp_path_factory.mktemp("lab")
-    (root / "slides").mkdir()
-    rng = np.random.default_rng(0)
-    lines: dict[str, list[str]] = {"tumor": [], "normal": []}
-    for number in range(6):
-        name = f"Case_{number:03d}"
-        draw_slide(root / "slides" / f"{name}.tif", number)
-        for label in lines:
-            xy = np.stack([rng.integers(32, 608, 12), rng.integers(32, 480, 12)], axis=1)
-            lines[label] += [f"{name},{x},{y}" for x, y in xy]
-    for label, rows in lines.items():
-        (root / f"{label}.txt").write_text("\n".join(rows) + "\n")
-    return root
-
-
-def make_job(lab: Path, output: Path | str, **changes: object) -> BuildJob:
-    fields: dict[str, object] = {
-        "slides": (str(lab / "slides"),),
-        "coordinates": (str(lab / "tumor.txt"), str(lab / "normal.txt")),
-        "output": str(output),
-        "draw": DrawConfig(per_class=50),
-        "filter": FilterConfig(tile_px=TILE_PX),
-        "select": SelectConfig(keep=60, num_test=10, num_validation=5),
-        "store": StoreConfig(tiles_per_shard=16),
-    }
-    return BuildJob(**(fields | changes))  # type: ignore[arg-type]
-
-
-def content_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="session")
-def built(slides: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
-    """The dataset of an undisturbed run."""
-    output = tmp_path_factory.mktemp("built") / "bcsr"
-    assert main(make_job(slides, output)) == 0
-    return output
 
 
 def test_dataset_holds_what_was_asked_for(built: Path, slides: Path) -> None:
@@ -332,139 +270,6 @@ def test_nothing_left_says_why(slides: Path, tmp_path: Path, ray_here: None) -> 
     job = make_job(slides, tmp_path / "out", filter=FilterConfig(tile_px=64, grey_threshold=0))
     with pytest.raises(DatasetError, match=r"no tile is left to keep.*60% white"):
         main(job)
-
-
-# ------------------------------------------------------------------------------------ being killed
-
-
-def command(slides: Path, output: Path, *more: str) -> list[str]:
-    return [
-        *(sys.executable, str(ROOT / "jobs" / "build_bcsr.py"), "--slides", str(slides / "slides")),
-        *("--coordinates", str(slides / "tumor.txt"), str(slides / "normal.txt")),
-        *("--output", str(output), "--per-class", "50", "--tile-px", "64", "--keep", "60"),
-        *("--num-test", "10", "--num-validation", "5", "--tiles-per-shard", "16", *more),
-    ]
-
-
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the driver and then what it started, as a node that loses power would."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    for child in children:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
-
-
-def run_and_kill(slides: Path, output: Path, *, when: str) -> None:
-    """Start the job and kill it as soon as a file matches `when` below the output."""
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
-    process = subprocess.Popen(
-        command(slides, output, "--tiles-per-task", "2", "--num-workers", "1"),
-        env=environment,
-        cwd="/",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not list(output.glob(when)):
-        assert process.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    kill_tree(process)
-
-
-@pytest.mark.parametrize("when", ["_work/measured/*.parquet", "tiles/*.parquet"])
-def test_killed_driver_leaves_what_the_next_run_completes(
-    slides: Path, built: Path, tmp_path: Path, ray_here: None, when: str
-) -> None:
-    output = tmp_path / "out"
-    run_and_kill(slides, output, when=when)
-    assert not (output / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in output.glob(when)}
-    with pytest.raises(DatasetError, match="no finished bcSR"):
-        open_dataset(output)
-    assert main(make_job(slides, output, run=RunConfig(tiles_per_task=2))) == 0
-    assert content_of(output) == content_of(built)
-    if when.startswith("tiles"):
-        still = {path: path.stat().st_mtime_ns for path in kept if path.exists()}
-        assert still == kept, "a finished shard was written again"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_a_driver_killed_again_and_again_at_any_moment(
-    slides: Path, built: Path, tmp_path: Path, ray_here: None, seed: int
-) -> None:
-    output = tmp_path / "out"
-    rng = np.random.default_rng(seed)
-    for _ in range(3):
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-        environment.pop("RAY_ADDRESS", None)
-        process = subprocess.Popen(
-            command(slides, output, "--tiles-per-task", "2"),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        # Ray takes some ten seconds to start; the work is done in about as many more.
-        time.sleep(rng.uniform(6, 24))
-        kill_tree(process)
-    assert main(make_job(slides, output, run=RunConfig(tiles_per_task=2))) == 0
-    assert content_of(output) == content_of(built)
-
-
-def test_what_a_run_killed_at_its_very_end_left_is_tidied_up(
-    slides: Path, built: Path, tmp_path: Path, ray_here: None
-) -> None:
-    import shutil
-
-    output = tmp_path / "out"
-    shutil.copytree(built, output)
-    (output / "manifest.json").unlink()
-    (output / "_work" / "measured").mkdir(parents=True)
-    (output / "_work" / "measured" / "x.parquet").write_bytes(b"x")
-    (output / "tiles" / ".train.parquet.abc.carn-part").write_bytes(b"x")
-    (output / "tiles" / "train-00000-000000000000.parquet").write_bytes(b"an earlier selection's")
-    assert main(make_job(slides, output)) == 0
-    assert content_of(output) == content_of(built)
-
-
-def test_killed_workers_change_nothing(slides: Path, built: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
-    output = tmp_path / "out"
-    process = subprocess.Popen(
-        command(slides, output, "--tiles-per-task", "2"),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    num_killed = 0
-    driver = psutil.Process(process.pid)
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        # Two at the most: a unit is given up after three deaths of its process.
-        if num_killed < 2 and len(list(output.glob("_work/measured/*"))) > 4 * num_killed:
-            for child in driver.children(recursive=True):
-                if "ray::MapBatches" in " ".join(_command_line(child)):
-                    child.kill()
-                    num_killed += 1
-                    break
-        time.sleep(0.005)
-    assert process.wait(timeout=10) == 0, process.stderr.read() if process.stderr else b""
-    assert num_killed > 0
-    assert content_of(output) == content_of(built)
-
-
-def _command_line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return []
 
 
 # ------------------------------------------------------------------------------- other sources

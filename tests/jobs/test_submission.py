@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from carn.bcsr.dataset import open_dataset
-from tests.jobs.test_build_bcsr import ROOT, content_of, slides
+from tests.jobs.lab import ROOT, content_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
-__all__ = ["slides"]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
