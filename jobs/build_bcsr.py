@@ -16,6 +16,7 @@ Examples:
 """
 
 import dataclasses
+import io
 import json
 import logging
 import re
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import tyro
 
 from carn import storage
@@ -42,6 +44,7 @@ from carn.bcsr.degradation import DEGRADATION, SCALES
 from carn.bcsr.export import begin_export, export_state, finish_export, first_numbers
 from carn.bcsr.locate import LOCATED
 from carn.bcsr.schema import MEASURED, SPLITS
+from carn.bcsr.selection import check_groups
 from carn.bcsr.shards import ShardPlan, plan_shards
 from carn.bcsr.source import Source, find_images, find_listed, find_slides
 from carn.bcsr.stages import export_unit, locate_unit, measure_unit, picture_unit, write_unit
@@ -127,6 +130,12 @@ class BuildJob:
                 if has_csv
                 else "--csv-anchor is for .csv coordinates, and none are given"
             )
+        for root in (*self.slides, *((self.images,) if self.images else ())):
+            below = storage.normalize(root).rstrip("/") + "/"
+            if (storage.normalize(self.output).rstrip("/") + "/").startswith(below):
+                raise ValueError(
+                    f"--output {self.output} lies in {root}, which is read; choose another"
+                )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
         for uri in (self.output, *self.slides, *self.coordinates):
@@ -173,17 +182,21 @@ def build_dataset(
     job: BuildJob, source: Source, output: str, runner: StageRunner
 ) -> dict[str, Any]:
     """All stages from positions to the committed manifest, which is returned."""
+    # A place that cannot be written is better known now than after all the measuring.
+    storage.write_bytes(storage.join(output, "_work", "begun"), b"")
     failures = _missing_failures(source.missing)
+    empty_slides: list[str] = []
     if job.images:
         units = list(_image_units(job, source, output))
         num_listed = len(units)
     else:
         located = source.positions
         if located is None:
-            located, more = locate(job, source, output, runner)
+            located, more, empty_slides = locate(job, source, output, runner)
             failures += more
         num_listed = len(located) + sum(source.missing.values())
         drawn = _draw(job, located)
+        _check_split(job, drawn)
         units = list(_measure_units(job, drawn, output))
     measured = pa.concat_tables(
         [MEASURED.empty_table(), *runner.run("measuring", measure_unit, units)]
@@ -201,6 +214,7 @@ def build_dataset(
         config=job.settings(),
         source_digest=source.digest,
         lists=source.lists,
+        empty_slides=empty_slides,
         num_listed=num_listed,
         num_missing=sum(source.missing.values()),
         plans=plans,
@@ -220,6 +234,8 @@ def build_dataset(
     build.write_table(failures_uri, table)
     storage.write_bytes(storage.join(output, "report.html"), render(report).encode())
     _commit(output, manifest)
+    if job.select.split == "by-slide":
+        _warn_of_splits(job, manifest)
     return manifest
 
 
@@ -264,14 +280,15 @@ def _check_same(manifest: dict[str, Any], job: BuildJob, source: Source, output:
 
 
 def _start_runner(job: BuildJob) -> StageRunner:
+    logger.info("starting Ray, or connecting to it")
     start_ray()
     return StageRunner(num_workers=job.run.num_workers, progress_s=job.run.progress_s)
 
 
 def locate(
     job: BuildJob, source: Source, output: str, runner: StageRunner
-) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Positions found on the slides themselves, and FAILURES rows of slides that have none."""
+) -> tuple[pa.Table, list[dict[str, Any]], list[str]]:
+    """Positions on the slides, FAILURES rows of slides that fail, names of those without any."""
     work_uri = storage.join(output, "_work", "located")
     common = {"tile_px": job.filter.tile_px, "work_uri": work_uri}
     units = []
@@ -311,8 +328,11 @@ def locate(
         first = (
             f"; the first failure: {failed[0]['slide']}: {failed[0]['reason']}" if failed else ""
         )
-        raise DatasetError(f"no tile position was found on {len(units)} slides{first}")
-    return located, rows
+        raise DatasetError(
+            f"no tile of {job.filter.tile_px} px was found on {len(units)} slides: they are "
+            f"smaller, or hold less tissue than --min-tissue {job.draw.min_tissue}{first}"
+        )
+    return located, rows, empty
 
 
 def _draw(job: BuildJob, located: pa.Table) -> pa.Table:
@@ -329,6 +349,23 @@ def _draw(job: BuildJob, located: pa.Table) -> pa.Table:
         short = f" (of {wished:,} wished)" if wished and count["counts"] < wished else ""
         logger.info("drawn: %s %s tiles%s", f"{count['counts']:,}", count["values"], short)
     return drawn
+
+
+def _check_split(job: BuildJob, drawn: pa.Table) -> None:
+    """Too few slides for the splits is better said before the tiles are read than after."""
+    if job.select.split == "by-slide":
+        names = pc.unique(drawn["slide"]).to_pylist()
+        groups = {build.group_of(name, job.select.group_regex) for name in names}
+        num_test, num_validation = job.select.wished(min(len(drawn), job.select.keep or len(drawn)))
+        check_groups(len(groups), num_test=num_test, num_validation=num_validation)
+
+
+def _warn_of_splits(job: BuildJob, manifest: dict[str, Any]) -> None:
+    splits = manifest["splits"]
+    wished = dict(zip(("test", "validation"), job.select.wished(sum(splits.values())), strict=True))
+    for name, count in wished.items():
+        if abs(splits[name] - count) > 0.1 * count or not splits[name]:
+            logger.warning("%d %s tiles (%d wished): slides go whole", splits[name], name, count)
 
 
 def _measure_units(job: BuildJob, drawn: pa.Table, output: str) -> Iterator[dict[str, Any]]:
@@ -522,10 +559,11 @@ def _summary(manifest: dict[str, Any], output: str) -> str:
     ]
     num_failures = manifest["counts"]["failures"]
     if num_failures:
-        lines.append(
-            f"  {num_failures:,} failures, see {storage.join(output, 'failures.parquet')}; to try "
-            "them again, run the same with --overwrite"
-        )
+        uri = storage.join(output, "failures.parquet")
+        lines.append(f"  failures {num_failures:,}, in {uri}, such as:")
+        rows = pq.read_table(io.BytesIO(storage.read_bytes(uri))).slice(0, 3).to_pylist()
+        lines += [f"    {row['slide']}: {row['reason']}" for row in rows]
+        lines.append("  to try them again, run the same with --overwrite; what was read is kept")
     return "\n".join(lines)
 
 

@@ -146,6 +146,7 @@ class StageRunner:
         if not units:
             return
         started = reported = time.monotonic()
+        logger.info("%s: %s tasks", name, f"{len(units):,}")
         rows = [{"unit": json.dumps(unit)} for unit in units]
         call: Any = _call  # Ray's annotation of what it calls leaves keyword arguments out
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

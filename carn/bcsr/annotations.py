@@ -144,7 +144,7 @@ def _from_asap_xml(
             raise CoordinateError(
                 f"{uri}: annotation {name!r} is of the unknown group {group!r}; known are "
                 f"{list(tumor_groups)} for tumour and {list(excluded_groups)} for the rest: name "
-                "it in tumor_groups or excluded_groups"
+                "it with --tumor-groups or --excluded-groups"
             )
         try:
             points = [

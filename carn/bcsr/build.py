@@ -1,5 +1,6 @@
 """What a build decides once all tiles are measured: selection, failures, overlaps, the manifest."""
 
+import dataclasses
 import io
 import json
 import re
@@ -18,7 +19,6 @@ from carn.bcsr.schema import FAILURES, MEASURED, SPLITS
 from carn.bcsr.selection import (
     channel_means,
     rank_tiles,
-    scaled_counts,
     split_at_random,
     split_by_group,
     split_by_order,
@@ -75,7 +75,9 @@ def select_tiles(
     survivor_status = np.full(len(survivors), "surplus", dtype="<U10")
     if is_numbered:
         # By all numbers, so that one that does not read moves none from one side to the other.
-        counts = {"num_test": select.num_test, "num_validation": select.num_validation}
+        every = dataclasses.replace(select, keep=None)
+        num_test, num_validation = every.wished(len(measured))
+        counts = {"num_test": num_test, "num_validation": num_validation}
         _check_counts(len(measured), **counts)
         survivor_status = split_by_order(len(measured), **counts)[is_ranked]
     else:
@@ -85,10 +87,7 @@ def select_tiles(
 
 
 def _split(kept: pa.Table, select: SelectConfig, *, seed: int) -> Any:
-    keep = len(kept) if select.keep is None else select.keep
-    num_test, num_validation = scaled_counts(
-        len(kept), keep=keep, num_test=select.num_test, num_validation=select.num_validation
-    )
+    num_test, num_validation = select.wished(len(kept))
     counts = {"num_test": num_test, "num_validation": num_validation}
     _check_counts(len(kept), **counts)
     if select.split == "paper":
@@ -211,6 +210,7 @@ def make_manifest(
     config: dict[str, Any],
     source_digest: str,
     lists: Mapping[str, str],
+    empty_slides: Sequence[str],
     num_listed: int,
     num_missing: int,
     plans: Sequence[ShardPlan],
@@ -234,6 +234,7 @@ def make_manifest(
         "config": config,
         "source_digest": source_digest,
         "lists": [{"uri": uri, "identity": found} for uri, found in sorted(lists.items())],
+        "empty_slides": list(empty_slides),
         "counts": {
             "listed": num_listed,
             "listed_on_missing_slides": num_missing,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from carn.bcsr.annotations import EXCLUDED_GROUPS, TUMOR_GROUPS
 from carn.bcsr.codec import Encoding
+from carn.bcsr.selection import scaled_counts
 
 SplitRule = Literal["by-slide", "paper", "numbered"]
 
@@ -62,10 +63,11 @@ class SelectConfig:
 
     keep: int | None = 1200
     """Tiles kept, those farthest from the mean colour first; None for all that are not white."""
-    num_test: int = 200
-    """Test tiles of `keep`; in proportion when fewer tiles are kept."""
-    num_validation: int = 100
-    """Validation tiles, taken from what the paper trains on (1000); in proportion likewise."""
+    num_test: int | None = None
+    """Test tiles among `keep`; None for a sixth of them (the paper's 200 of 1200). In proportion
+    when fewer tiles than `keep` are left."""
+    num_validation: int | None = None
+    """Validation tiles among `keep`, likewise; None for a twelfth."""
     split: SplitRule = "by-slide"
     """`by-slide`: no slide on two sides. `paper`: tiles at random, whatever slide they are from.
     `numbered`: the last ones by name are the test set, as in the published layout."""
@@ -77,7 +79,7 @@ class SelectConfig:
         _check_at_least("keep", self.keep, 1)
         _check_at_least("num_test", self.num_test, 0)
         _check_at_least("num_validation", self.num_validation, 0)
-        if self.keep is not None and self.num_test + self.num_validation >= self.keep:
+        if self.keep is not None and sum(self.wished(self.keep)) >= self.keep:
             raise ValueError(
                 f"num_test={self.num_test} and num_validation={self.num_validation} leave nothing "
                 f"of keep={self.keep} to train on"
@@ -89,6 +91,13 @@ class SelectConfig:
                 re.compile(self.group_regex)
             except re.error as error:
                 raise ValueError(f"group_regex={self.group_regex!r}: {error}") from error
+
+    def wished(self, num_kept: int) -> tuple[int, int]:
+        """Test and validation tiles among `num_kept`: as many as of `keep`, in proportion."""
+        keep = num_kept if self.keep is None else self.keep
+        num_test = round(keep / 6) if self.num_test is None else self.num_test
+        num_validation = round(keep / 12) if self.num_validation is None else self.num_validation
+        return scaled_counts(num_kept, keep=keep, num_test=num_test, num_validation=num_validation)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,22 @@ def split_at_random(
     return names
 
 
+def check_groups(num_groups: int, *, num_test: int, num_validation: int) -> int:
+    """How many splits are asked for.
+
+    Raises:
+        DatasetError: there are fewer groups than splits.
+    """
+    num_splits = 1 + (num_test > 0) + (num_validation > 0)
+    if num_groups < num_splits:
+        raise DatasetError(
+            f"{num_splits} splits of which no slide is in two need at least {num_splits} slides "
+            f"(or patients), but the tiles come from {num_groups}; use --split paper, fewer "
+            "splits (--num-validation 0), or more slides"
+        )
+    return num_splits
+
+
 def split_by_group(
     groups: Sequence[str], *, num_test: int, num_validation: int, seed: int
 ) -> NDArray[np.str_]:
@@ -83,13 +99,7 @@ def split_by_group(
         DatasetError: there are not enough groups to fill every split that is asked for.
     """
     names, counts = np.unique(np.asarray(groups, dtype=str), return_counts=True)
-    num_splits = 1 + (num_test > 0) + (num_validation > 0)
-    if len(names) < num_splits:
-        raise DatasetError(
-            f"{num_splits} splits of which no slide is in two need at least {num_splits} slides "
-            f"(or patients), but the kept tiles come from {len(names)}; use --split paper, fewer "
-            "splits (--num-validation 0), or more slides"
-        )
+    num_splits = check_groups(len(names), num_test=num_test, num_validation=num_validation)
     order = np.random.default_rng([seed, 2]).permutation(len(names))
     sizes = {str(names[i]): int(counts[i]) for i in order}
     test = _subset_near(sizes, num_test, spare=num_splits - 1) if num_test else set()

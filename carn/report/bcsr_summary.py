@@ -113,7 +113,9 @@ def _facts(manifest: dict[str, Any]) -> dict[str, str]:
     splits = manifest["splits"]
     config = manifest["config"]
     size = sum(shard["num_bytes"] for shard in manifest["shards"])
-    return {
+    empty = manifest["empty_slides"]
+    without = {"Slides without a tile": f"{len(empty):,}: {', '.join(empty)}"} if empty else {}
+    return without | {
         "Tiles": f"{sum(splits.values()):,}: "
         + ", ".join(f"{splits[name]:,} {name}" for name in SPLITS),
         "Slides": f"{len(manifest['inputs']):,}",

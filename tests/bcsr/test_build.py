@@ -336,6 +336,7 @@ def manifest_of(selected: pa.Table) -> dict[str, Any]:
         selected,
         config={"seed": 1},
         source_digest="digest",
+        empty_slides=[],
         lists={"/lists/tumor.txt": "sha256:1"},
         num_listed=99,
         num_missing=7,

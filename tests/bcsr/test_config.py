@@ -25,7 +25,7 @@ from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig, StoreConfig
         (SelectConfig, {"keep": 0}, "keep=0 "),
         (SelectConfig, {"num_test": -1}, "num_test=-1 "),
         (SelectConfig, {"num_validation": -1}, "num_validation=-1 "),
-        (SelectConfig, {"keep": 300}, "keep=300 "),
+        (SelectConfig, {"keep": 300, "num_test": 275}, "keep=300 "),
         (SelectConfig, {"group_regex": "a", "split": "paper"}, "split='paper'"),
         (SelectConfig, {"group_regex": "(a"}, "group_regex='(a'"),
         (StoreConfig, {"tiles_per_shard": 0}, "tiles_per_shard=0 "),
@@ -62,9 +62,16 @@ def test_the_defaults_are_the_papers() -> None:
     white = FilterConfig()
     assert (white.tile_px, white.grey_threshold, white.max_white_fraction) == (1024, 224, 0.6)
     select = SelectConfig()
-    assert (select.keep, select.num_test) == (1200, 200)
-    # Of the paper's 1000 training tiles, none of its test tiles.
-    assert select.keep - select.num_test == 1000 > select.num_validation
+    assert select.keep == 1200
+    # 200 to test, and 100 of the paper's 1000 training tiles to validate.
+    assert select.wished(1200) == (200, 100)
+
+
+def test_splits_follow_what_is_kept() -> None:
+    assert SelectConfig(keep=60).wished(60) == (10, 5)
+    assert SelectConfig().wished(600) == (100, 50)
+    assert SelectConfig(keep=None).wished(24) == (4, 2)
+    assert SelectConfig(keep=100, num_test=30, num_validation=0).wished(50) == (15, 0)
 
 
 def test_configs_are_frozen() -> None:

@@ -186,11 +186,12 @@ def damaged_lab(slides: Path, tmp_path: Path) -> Path:
 
 
 def test_bad_slides_become_rows_and_the_rest_a_dataset(
-    damaged_lab: Path, tmp_path: Path, ray_here: None
+    damaged_lab: Path, tmp_path: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     job = make_job(damaged_lab, output, draw=DrawConfig(per_class=None))
     assert main(job) == 1
+    assert "is not a slide" in capsys.readouterr().out
     failures = pq.read_table(output / "failures.parquet").to_pylist()
     by_slide: dict[str, list[dict[str, object]]] = {}
     for row in failures:
@@ -293,6 +294,8 @@ def test_grid_without_coordinates(
     )
     assert main(job) == 0
     assert "1 slides offer no tile: Glass" in caplog.text
+    assert open_dataset(tmp_path / "out").manifest["empty_slides"] == ["Glass"]
+    assert "Glass" in (tmp_path / "out" / "report.html").read_text()
     table = pq.read_table(tmp_path / "out" / "measured.parquet").to_pylist()
     assert {row["label"] for row in table} == {"unlabeled"}
     assert all(row["x_l0"] % TILE_PX == 0 and row["y_l0"] % TILE_PX == 0 for row in table)
@@ -436,6 +439,8 @@ def test_on_object_storage(built: Path, slides: Path, ray_here_s3: str) -> None:
         ({"coordinates": ("a.csv",)}, "--csv-anchor"),
         ({"export_scales": (2, 5)}, r"\[5\]"),
         ({"seed": -1}, "seed=-1"),
+        ({"slides": ("/lab/slides",), "output": "/lab/slides"}, "lies in /lab/slides"),
+        ({"slides": ("/lab/slides",), "output": "/lab/slides/out"}, "lies in /lab/slides"),
         ({"slides": ("gs://bucket/x",)}, "'gs' is not supported"),
         ({"output": "s3:/lost"}, "lost a slash"),
     ],
@@ -461,6 +466,20 @@ def test_wrong_places_are_named(slides: Path, tmp_path: Path) -> None:
     with pytest.raises(CoordinateError, match="'Elsewhere'"):
         main(make_job(slides, tmp_path / "o", coordinates=(str(tmp_path / "tumor.txt"),)))
     assert not (tmp_path / "o").exists()
+
+
+def test_what_cannot_end_well_ends_before_tiles_are_read(
+    slides: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_bcsr, "measure_unit", lambda *_: pytest.fail("a tile was read"))
+    two = (str(slides / "slides" / "Case_000.tif"), str(slides / "slides" / "Case_001.tif"))
+    with pytest.raises(DatasetError, match="need at least 3 slides"):
+        main(make_job(slides, tmp_path / "o", slides=two, run=RunConfig(on_bad_slide="skip")))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match="file"):
+        main(make_job(slides, tmp_path / "file" / "o"))
+    with pytest.raises(DatasetError, match="no tile of 2048 px was found on 6 slides"):
+        main(make_job(slides, tmp_path / "o", coordinates=(), filter=FilterConfig(tile_px=2048)))
 
 
 def test_help_and_errors_on_the_command_line(slides: Path, tmp_path: Path) -> None:

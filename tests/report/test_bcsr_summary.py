@@ -66,6 +66,7 @@ def manifest_of(selected: pa.Table, *, images: str | None = None) -> dict[str, A
             **{"select": {"split": "paper"}, "store": {"encoding": "jxl"}},
         },
         source_digest="d",
+        empty_slides=[],
         lists={"/lists/tumor.txt": "sha256:1"},
         num_listed=70,
         num_missing=4,
