@@ -191,7 +191,7 @@ def test_bad_slides_become_rows_and_the_rest_a_dataset(
     output = tmp_path / "out"
     job = make_job(damaged_lab, output, draw=DrawConfig(per_class=None))
     assert main(job) == 1
-    assert "is not a slide" in capsys.readouterr().out
+    assert "Case_000: damaged tile on level 0" in capsys.readouterr().out
     failures = pq.read_table(output / "failures.parquet").to_pylist()
     by_slide: dict[str, list[dict[str, object]]] = {}
     for row in failures:
