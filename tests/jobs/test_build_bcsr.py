@@ -181,7 +181,7 @@ def damaged_lab(slides: Path, tmp_path: Path) -> Path:
     (lab / "slides" / "Case_002.tif").write_text("not a slide at all")
     (lab / "slides" / "Case_003.tif").unlink()
     with (lab / "tumor.txt").open("a") as file:
-        file.write("Case_000,10,10\n" * 1)
+        file.write("Case_000,10,10\n")
     return lab
 
 
@@ -198,7 +198,7 @@ def test_bad_slides_become_rows_and_the_rest_a_dataset(
         by_slide.setdefault(str(row["slide"]), []).append(row)
     assert set(by_slide) == {"Case_000", "Case_001", "Case_002", "Case_003"}
     assert all(row["x_l0"] is not None for row in by_slide["Case_000"])
-    assert "damaged" in (output / "report.html").read_text() or by_slide["Case_000"]
+    assert "damaged tile on level 0" in (output / "report.html").read_text()
     for name in ("Case_001", "Case_002"):
         (row,) = by_slide[name]
         assert row["x_l0"] is None
