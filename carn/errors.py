@@ -76,3 +76,36 @@ class CoordinateError(CarnError, ValueError):
 
 class DatasetError(CarnError):
     """A dataset on storage is incomplete, foreign or not what was asked for."""
+
+
+class CheckpointError(CarnError):
+    """Weights on storage are incomplete, damaged, foreign or not those that were asked for."""
+
+
+class RunError(CarnError):
+    """A training run cannot begin, or not go on, where it was asked to."""
+
+
+class DivergedError(RunError):
+    """The loss stopped being a number.
+
+    Attributes:
+        step: the update (from 1) whose loss was the first.
+        tile_ids: the tiles of its batch.
+        checkpoint: the last checkpoint before it; None where there is none.
+    """
+
+    def __init__(self, step: int, tile_ids: tuple[str, ...], checkpoint: str | None) -> None:
+        super().__init__(step, tile_ids, checkpoint)
+        self.step = step
+        self.tile_ids = tile_ids
+        self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        last = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "no "
+        last += "" if self.checkpoint else "checkpoint was written before"
+        return (
+            f"the loss of update {self.step:,} is not a finite number; {last}. Its batch was cut "
+            f"from {', '.join(self.tile_ids)}. Look at these tiles, or lower --learning-rate, set "
+            "--gradient-clip, or choose another --loss"
+        )
