@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 from urllib.parse import unquote, urlparse
 
 from carn.errors import AccessDeniedError, MissingObjectError, StorageError, UriError
@@ -55,6 +55,7 @@ class ObjectStat:
     etag: str | None
 
 
+@runtime_checkable
 class ByteSource(Protocol):
     """A file or object open for reading by byte range; safe to share between threads."""
 

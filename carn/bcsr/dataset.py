@@ -14,15 +14,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from carn import storage
-from carn.bcsr.codec import decode
+from carn.bcsr.codec import Encoding, decode
 from carn.bcsr.schema import SPLITS, TILES
-from carn.bcsr.shards import shard_uri
+from carn.bcsr.shards import ROWS_PER_GROUP, shard_uri
 from carn.errors import DatasetError, MissingObjectError
 from carn.slides.slide import Rgb
 
 MANIFEST = "manifest.json"
 FORMAT = "bcsr"
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileGroup:
+    """Neighbouring tiles of a shard, the least that can be read without the rest of it.
+
+    Attributes:
+        uri: the shard.
+        index: the row group in it.
+        first: index of its first tile in the split.
+        count: its tiles.
+    """
+
+    uri: str
+    index: int
+    first: int
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +72,9 @@ class BcsrDataset:
         """
         names = [name for name in TILES.names if name != "image"]
         tables = []
-        for uri, content in self._shards(split):
-            with _shard_errors(uri):
-                tables.append(_open_parquet(content).read(columns=names))
+        for shard in self._shards_of(split):
+            with _open_shard(shard_uri(self.uri, shard["name"])) as parquet:
+                tables.append(parquet.read(columns=names))
         return pa.concat_tables([pa.schema(TILES.field(n) for n in names).empty_table(), *tables])
 
     def tiles(self, split: str) -> Iterator[tuple[dict[str, Any], Rgb]]:
@@ -69,11 +86,26 @@ class BcsrDataset:
         for uri, content in self._shards(split):
             yield from shard_tiles(content, uri=uri)
 
+    def groups(self, split: str) -> list[TileGroup]:
+        """The tiles of a split in the groups that are read at a stroke, in their order."""
+        groups, first = [], 0
+        for shard in self._shards_of(split):
+            uri, num_tiles = shard_uri(self.uri, shard["name"]), int(shard["num_tiles"])
+            for start in range(0, num_tiles, ROWS_PER_GROUP):
+                count = min(ROWS_PER_GROUP, num_tiles - start)
+                index = start // ROWS_PER_GROUP
+                groups.append(TileGroup(uri=uri, index=index, first=first, count=count))
+                first += count
+        return groups
+
+    def _shards_of(self, split: str) -> list[dict[str, Any]]:
+        known = _known(split)
+        return [shard for shard in self.manifest["shards"] if shard["split"] == known]
+
     def _shards(self, split: str) -> Iterator[tuple[str, bytes]]:
-        for shard in self.manifest["shards"]:
-            if shard["split"] == _known(split):
-                uri = shard_uri(self.uri, shard["name"])
-                yield uri, storage.read_bytes(uri)
+        for shard in self._shards_of(split):
+            uri = shard_uri(self.uri, shard["name"])
+            yield uri, storage.read_bytes(uri)
 
 
 def shard_tiles(content: bytes, *, uri: str) -> Iterator[tuple[dict[str, Any], Rgb]]:
@@ -91,11 +123,75 @@ def shard_tiles(content: bytes, *, uri: str) -> Iterator[tuple[dict[str, Any], R
             return
         (row,) = batch.to_pylist()
         image = row.pop("image")
-        try:
-            pixels = decode(image, row["encoding"])
-        except ValueError as error:
-            raise DatasetError(f"{uri}: tile {row['tile_id']}: {error}") from error
-        yield row, pixels
+        yield row, _decoded(image, row["encoding"], f"{uri}: tile {row['tile_id']}")
+
+
+def group_tiles(group: TileGroup) -> list[Rgb]:
+    """The (H, W, 3) uint8 pixels of a group's tiles; only their part of the shard is read.
+
+    Raises:
+        DatasetError: the shard or a tile in it is damaged, or holds other tiles than it should.
+    """
+    with _open_shard(group.uri) as parquet:
+        rows = parquet.read_row_group(group.index, columns=["tile_id", "encoding", "image"])
+    if len(rows) != group.count:
+        raise DatasetError(
+            f"{group.uri}: part {group.index} holds {len(rows)} tiles, not {group.count}; "
+            "build the dataset again with --overwrite"
+        )
+    return [
+        _decoded(row["image"], row["encoding"], f"{group.uri}: tile {row['tile_id']}")
+        for row in rows.to_pylist()
+    ]
+
+
+def _decoded(image: bytes, encoding: Encoding, name: str) -> Rgb:
+    try:
+        return decode(image, encoding)
+    except ValueError as error:
+        raise DatasetError(f"{name}: {error}") from error
+
+
+@contextmanager
+def _open_shard(uri: str) -> Iterator[pq.ParquetFile]:
+    source = storage.open_source(uri)
+    try:
+        with _shard_errors(uri):
+            yield pq.ParquetFile(
+                pa.PythonFile(_SourceFile(source), mode="r"),
+                page_checksum_verification=True,
+                pre_buffer=True,
+            )
+    finally:
+        source.close()
+
+
+class _SourceFile(io.RawIOBase):
+    """A byte source as the file that Arrow reads from."""
+
+    def __init__(self, source: storage.ByteSource) -> None:
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}
+        self._position = start[whence] + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        length = self._source.size - self._position if size < 0 else size
+        (content,) = self._source.read_ranges([(self._position, max(0, length))])
+        self._position += len(content)
+        return content
 
 
 def _open_parquet(content: bytes) -> pq.ParquetFile:
