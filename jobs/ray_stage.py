@@ -83,8 +83,15 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def start_ray() -> None:
-    """Connect to the cluster of RAY_ADDRESS (`ray job submit` sets it), or start Ray here."""
+def start_ray(*, has_dashboard: bool = False) -> None:
+    """Connect to the cluster of RAY_ADDRESS (`ray job submit` sets it), or start Ray here.
+
+    Args:
+        has_dashboard: start Ray here with its dashboard, on the loopback address.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or Ray cannot be started.
+    """
     if ray.is_initialized():
         return
     root = str(Path(__file__).resolve().parents[1])
@@ -93,7 +100,7 @@ def start_ray() -> None:
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         options |= {
             "address": "local",
-            "include_dashboard": False,
+            "include_dashboard": has_dashboard,
             "runtime_env": {"env_vars": {"PYTHONPATH": path}},
         }
     try:

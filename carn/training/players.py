@@ -1,0 +1,209 @@
+"""What is updated in a step: a network under its loss, and for SRGAN its discriminator too."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from carn.models.srcnn import Srcnn
+from carn.models.srgan import Srgan, SrganDiscriminator
+from carn.models.swdnet import SwdNet
+from carn.training.config import SRCNN_LAST_LAYER_FACTOR, TrainConfig
+from carn.training.group import WorkerGroup
+from carn.training.objectives import (
+    DiscriminatorObjective,
+    GeneratorObjective,
+    PixelObjective,
+    SrcnnObjective,
+    SwdNetObjective,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player:
+    """A network with what it is judged by and what updates it.
+
+    Attributes:
+        name: `model`, or `discriminator`.
+        network: the network itself, whose weights are saved.
+        objective: forward(lr, hr) gives the terms of its loss, `loss` being the one to minimise.
+        optimizer: over the network's parameters.
+    """
+
+    name: str
+    network: nn.Module
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def update(
+        self,
+        lr: Tensor,
+        hr: Tensor,
+        *,
+        learning_rate: float,
+        weight: float,
+        gradient_clip: float | None,
+        autocast: AbstractContextManager[Any],
+    ) -> dict[str, Tensor]:
+        """One step of the optimiser; returns the detached terms of the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_factor"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            terms: dict[str, Tensor] = self.objective(lr, hr)
+        torch.autograd.backward(terms["loss"] * weight)
+        if gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip)
+        self.optimizer.step()
+        return {name: term.detach() for name, term in terms.items()}
+
+
+def make_players(
+    model: nn.Module, config: TrainConfig, *, device: torch.device, group: WorkerGroup
+) -> list[Player]:
+    """The players of a network's recipe, in the order of their updates, on the device.
+
+    The network is moved to the device in place. SRGAN's discriminator is drawn from torch's
+    generator.
+    """
+    model.to(device)
+    if isinstance(model, Srgan):
+        discriminator = SrganDiscriminator().to(device)
+        objectives: list[tuple[str, nn.Module, nn.Module]] = [
+            ("discriminator", discriminator, DiscriminatorObjective(discriminator, model)),
+            ("model", model, GeneratorObjective(model, discriminator)),
+        ]
+    elif isinstance(model, SwdNet):
+        objectives = [("model", model, SwdNetObjective(model, stage=1))]
+    elif isinstance(model, Srcnn):
+        objectives = [("model", model, SrcnnObjective(model))]
+    else:
+        objectives = [("model", model, PixelObjective(model, config.loss))]
+    return [
+        Player(
+            name=name,
+            network=network,
+            objective=_parallel(objective.to(device), device=device, group=group),
+            optimizer=_optimizer(network, config, device=device),
+        )
+        for name, network, objective in objectives
+    ]
+
+
+def at_stage(
+    players: list[Player],
+    *,
+    step: int,
+    config: TrainConfig,
+    device: torch.device,
+    group: WorkerGroup,
+) -> list[Player]:
+    """The players of an update: SWD-Net's objective changes on its way, all others stay."""
+    (player, *others) = players
+    if others or not isinstance(player.network, SwdNet):
+        return players
+    objective = player.objective
+    inner = objective.module if isinstance(objective, DistributedDataParallel) else objective
+    stage: Literal[1, 2] = 1 if step < config.swdnet_stage_steps else 2
+    if inner.stage == stage:
+        return players
+    changed = SwdNetObjective(player.network, stage=stage).to(device)
+    return [dataclasses.replace(player, objective=_parallel(changed, device=device, group=group))]
+
+
+def _parallel(objective: nn.Module, *, device: torch.device, group: WorkerGroup) -> nn.Module:
+    if group.world_size == 1:
+        return objective
+    return DistributedDataParallel(
+        objective,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _optimizer(
+    network: nn.Module, config: TrainConfig, *, device: torch.device
+) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    last = _last_layer(network) if isinstance(network, Srcnn) else []
+    others = [item for item in network.parameters() if all(item is not one for one in last)]
+    groups: list[dict[str, Any]] = [{"params": others, "lr_factor": 1.0}]
+    if last:
+        groups.append({"params": last, "lr_factor": SRCNN_LAST_LAYER_FACTOR})
+    return torch.optim.Adam(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        # One pass over all weights; there is no reason to take the slow way on either device.
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def _last_layer(network: nn.Module) -> list[nn.Parameter]:
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    return list(convolutions[-1].parameters())
+
+
+def make_average(network: nn.Module, decay: float | None) -> AveragedModel | None:
+    """The moving average of a network's weights, or None without a decay."""
+    if decay is None:
+        return None
+    averaging = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(network, multi_avg_fn=averaging, use_buffers=True)
+
+
+def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A maker of the context that a forward pass of that precision runs in."""
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------- state
+
+
+def player_tensors(players: list[Player]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that the next update depends on, by a name that says whose it is."""
+    for player in players:
+        for name, tensor in player.network.state_dict().items():
+            yield f"{player.name}/network/{name}", tensor
+        for index, state in player.optimizer.state_dict()["state"].items():
+            for name, tensor in state.items():
+                yield f"{player.name}/optimizer/{index}/{name}", tensor
+
+
+def restore_players(players: list[Player], tensors: dict[str, Tensor]) -> None:
+    """Put back what `player_tensors` gave.
+
+    Raises:
+        KeyError, RuntimeError: tensors of another network.
+    """
+    for player in players:
+        prefix = f"{player.name}/network/"
+        network = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        player.network.load_state_dict(network)
+        prefix = f"{player.name}/optimizer/"
+        state: dict[int, dict[str, Tensor]] = {}
+        parameters = [item for group in player.optimizer.param_groups for item in group["params"]]
+        for full_name, tensor in tensors.items():
+            if full_name.startswith(prefix):
+                index, name = full_name.removeprefix(prefix).split("/")
+                parameter = parameters[int(index)]
+                # In the parameter's memory order, in which the optimiser would have made it.
+                if tensor.shape == parameter.shape:
+                    tensor = torch.empty_like(parameter).copy_(tensor).detach()  # noqa: PLW2901
+                state.setdefault(int(index), {})[name] = tensor
+        groups = player.optimizer.state_dict()["param_groups"]
+        player.optimizer.load_state_dict({"state": state, "param_groups": groups})

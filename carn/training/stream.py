@@ -1,0 +1,146 @@
+"""Patches of a dataset that fits nowhere: read window by window, by whoever can read.
+
+The samples are those that `samples.Sampler` plans with `order="windowed"`, so a run that streams
+equals one that holds its tiles in memory. What maps the reading over processes is given from
+outside: a few threads here, Ray Data in the job.
+"""
+
+import dataclasses
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from carn.bcsr.dataset import TileGroup, group_tiles
+from carn.bcsr.degradation import crop_to_multiple, degrade
+from carn.training.samples import Sampler, Window
+from carn.training.tiles import TileStore, cut_patches
+
+# Maps a function over units of work, ahead of need, results in the order of the units.
+MapUnits = Callable[
+    [Callable[[dict[str, Any]], dict[str, Any]], Iterable[dict[str, Any]]],
+    Iterator[dict[str, Any]],
+]
+
+# Windows that are read ahead of need on one machine, and the threads that read them.
+READ_AHEAD = 4
+
+
+def windows_in_order(
+    sampler: Sampler, slots: Sequence[int], *, first_step: int, last_step: int
+) -> Iterator[Window]:
+    """The windows of some slots that steps first_step .. last_step - 1 need, as they need them."""
+    waiting = [(first_step, slot) for slot in slots]
+    heapq.heapify(waiting)
+    while waiting:
+        step, slot = heapq.heappop(waiting)
+        if step >= last_step:
+            continue
+        window = sampler.window(slot, step)
+        yield window
+        heapq.heappush(waiting, (window.first_step + window.num_steps, slot))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowReader:
+    """Reads windows, in whatever process it is sent to.
+
+    Attributes:
+        groups: the training tiles as they lie on storage.
+        sampler: says which patches a window holds.
+        scale: the SR factor.
+        patch_px: side of an HR patch.
+    """
+
+    groups: Sequence[TileGroup]
+    sampler: Sampler
+    scale: int
+    patch_px: int
+
+    def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """All patches of a window, the fields of which are the unit.
+
+        Returns:
+            {"lr": (n, h, w, 3), "hr": (n, H, W, 3)}, uint8, in the order of the window's steps.
+
+        Raises:
+            DatasetError: the shard is damaged.
+            StorageError: it cannot be read.
+        """
+        window = Window(**unit)
+        group = self.groups[window.group]
+        store = _store_of(group_tiles(group), scale=self.scale)
+        samples = self.sampler.window_samples(window)
+        samples = dataclasses.replace(samples, tile=samples.tile - group.first)
+        lr, hr = cut_patches(store, samples, patch_px=self.patch_px)
+        return {"lr": _to_bytes(lr), "hr": _to_bytes(hr)}
+
+
+def _store_of(tiles: Sequence[Any], *, scale: int) -> TileStore:
+    pairs = [(degrade(tile, scale=scale), crop_to_multiple(tile, scale)) for tile in tiles]
+    heights, widths = (torch.tensor([lr.shape[axis] for lr, _ in pairs]) for axis in (0, 1))
+    sizes = heights * widths * 3
+    start = torch.cumsum(sizes, 0) - sizes
+    return TileStore(
+        scale=scale,
+        tile_ids=("",) * len(pairs),
+        lr=torch.from_numpy(np.concatenate([lr.ravel() for lr, _ in pairs])),
+        hr=torch.from_numpy(np.concatenate([hr.ravel() for _, hr in pairs])),
+        lr_start=start,
+        hr_start=start * scale**2,
+        lr_height=heights,
+        lr_width=widths,
+    )
+
+
+def _to_bytes(patches: Tensor) -> Any:
+    return patches.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def stream_batches(
+    results: Iterator[dict[str, Any]],
+    sampler: Sampler,
+    slots: Sequence[int],
+    *,
+    first_step: int,
+    last_step: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """LR and HR batches (float32 0..1, channels_last) of each step, from windows read in order."""
+    current: dict[int, tuple[Window, dict[str, Any]]] = {}
+    for step in range(first_step, last_step):
+        lr, hr = [], []
+        for slot in slots:
+            window = current[slot][0] if slot in current else None
+            if window is None or step >= window.first_step + window.num_steps:
+                window = sampler.window(slot, step)
+                current[slot] = (window, next(results))
+            patches = current[slot][1]
+            at = step - window.first_step
+            lr.append(patches["lr"][at])
+            hr.append(patches["hr"][at])
+        yield _to_floats(lr), _to_floats(hr)
+
+
+def _to_floats(patches: Sequence[Any]) -> Tensor:
+    stacked = torch.from_numpy(np.stack(patches))
+    return stacked.to(torch.float32).div_(255).permute(0, 3, 1, 2)
+
+
+def map_in_threads(
+    function: Callable[[dict[str, Any]], dict[str, Any]], units: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The plain way to read ahead, on one machine without Ray."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        waiting: deque[Future[dict[str, Any]]] = deque()
+        for unit in units:
+            waiting.append(pool.submit(function, unit))
+            if len(waiting) > READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,340 @@
+"""Train a super-resolution network on bcSR: a dataset in, a checkpoint that every other job reads.
+
+One command on a workstation, the same under `ray job submit` on a cluster, data-parallel over its
+GPUs. The batch is shared by the workers, so their number changes neither the recipe nor (but for
+roundings) the result. A run that was stopped or killed goes on from its last checkpoint when the
+same command is given again; a finished one is left as it is.
+
+Examples:
+  python jobs/train.py --dataset bcsr/ --scale 2
+  python jobs/train.py --dataset bcsr/ --scale 4 --model edsr --output runs/edsr-x4
+  ray job submit --working-dir . -- python jobs/train.py --dataset s3://lab/bcsr --scale 2 \
+      --output s3://lab/runs/carn-x2
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+# `python jobs/train.py` puts jobs/ on the path, not the folder that holds carn/ and jobs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pyarrow.fs
+import ray
+import ray.train
+import tyro
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from carn import storage
+from carn.bcsr.dataset import BcsrDataset, open_dataset
+from carn.errors import CarnError, DatasetError, DivergedError, RunError
+from carn.report.train_summary import write_report
+from carn.training.config import TrainConfig, resolve
+from carn.training.data import make_sampler
+from carn.training.engine import EngineConfig
+from carn.training.loop import TrainResult, check_group
+from carn.training.progress import ProgressView
+from carn.training.run_folder import RunFolder
+from carn.training.tiles import dataset_digest
+from jobs.ray_stage import ClusterError, start_ray
+from jobs.train_worker import Monitor, NodeAddressTorchConfig, WorkerTask, run_worker
+
+logger = logging.getLogger("train")
+
+# Seconds between two looks at what the workers say.
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """Who trains. The number of workers changes the speed, not what is learnt."""
+
+    num_workers: int | None = None
+    """Workers that share each batch; None for one per GPU of the cluster, or one on CPUs."""
+    min_workers: int | None = None
+    """Go on with as few workers when nodes are lost, and take up more when they come back; None
+    for 1."""
+    cpus_per_worker: float | None = None
+    """CPUs of a worker; None for an even share of the cluster's, less one for reading a stream."""
+    max_failures: int = 8
+    """Times that lost workers are replaced before the run gives up."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "min_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.num_workers and self.min_workers and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} is more than num_workers={self.num_workers}"
+            )
+        if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
+            raise ValueError(f"cpus_per_worker={self.cpus_per_worker} must be positive")
+        if self.max_failures < -1:
+            raise ValueError(f"max_failures={self.max_failures} must be -1 (no limit) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What `train.py` is asked to do."""
+
+    dataset: str
+    """Folder or s3:// prefix of a finished bcSR dataset."""
+    output: str | None = None
+    """Folder or s3:// prefix of the run, which all nodes must share; None for
+    runs/<model>-x<scale>-seed<seed> in the folder the job is started from."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    def __post_init__(self) -> None:
+        storage.normalize(self.dataset)
+        if self.output is None and "RAY_ADDRESS" in os.environ:
+            raise ValueError(
+                "say with --output where the run is to be kept: on a cluster the folder that the "
+                "job starts in is thrown away"
+            )
+        check_group(self.train, self.engine, num_workers=self.workers.num_workers or 1)
+        output = self.output_uri.rstrip("/") + "/"
+        if output.startswith(storage.normalize(self.dataset).rstrip("/") + "/"):
+            raise ValueError(f"--output {self.output} lies in the dataset; choose another")
+
+    @property
+    def output_uri(self) -> str:
+        """Where the run is kept."""
+        network = self.train.network
+        name = f"{network.model}-x{network.scale}-seed{self.train.seed}"
+        return storage.normalize(self.output or f"runs/{name}")
+
+
+def main(job: TrainJob) -> int:
+    """Train; returns the process's exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    config, output = resolve(job.train), job.output_uri
+    dataset = open_dataset(job.dataset)
+    check_dataset(dataset, config)
+    folder = RunFolder(uri=output, keep_checkpoints=job.engine.keep_checkpoints)
+    folder.begin(
+        config,
+        dataset={"uri": dataset.uri, "digest": dataset_digest(dataset)},
+        overwrite=job.engine.overwrite,
+    )
+    newest = None if job.engine.overwrite else folder.newest()
+    if newest is not None and (newest[0].step or 0) >= config.steps:
+        logger.info("%s is finished already; nothing to train", output)
+    else:
+        run_on_ray(job, config, output)
+    summary = write_report(output)
+    print(summary, flush=True)
+    return 0
+
+
+def check_dataset(dataset: BcsrDataset, config: TrainConfig) -> None:
+    """Find out before anything is started whether the dataset can be trained on.
+
+    Raises:
+        DatasetError: there is nothing to train on.
+        ValueError: a patch is larger than a tile.
+    """
+    if not dataset.num_tiles("train"):
+        raise DatasetError(f"{dataset.uri} has no training tiles; build it with more tiles")
+    if not dataset.num_tiles("validation"):
+        logger.warning(
+            "%s has no validation tiles: the last checkpoint will stand for the best (build it "
+            "with --num-validation to know better)",
+            dataset.uri,
+        )
+    table = dataset.table("train")
+    sides = zip(table["width_px"].to_pylist(), table["height_px"].to_pylist(), strict=True)
+    make_sampler(dataset, list(sides), tuple(table["tile_id"].to_pylist()), config)
+
+
+def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> TrainResult:
+    """Run the workers to the end, showing what they say.
+
+    Raises:
+        RunError: the run cannot go on; the reason is that of the worker.
+        ClusterError: Ray or its resources are not there.
+    """
+    logger.info("starting Ray, or connecting to it")
+    # Each line of a worker would otherwise come twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if "RAY_ADDRESS" not in os.environ:
+        # Nobody takes this machine away at short notice.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray Train finds out through the dashboard's API whether its controller lives.
+    start_ray(has_dashboard=True)
+    scaling = scaling_config(job)
+    node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )
+    monitor = (
+        ray.remote(Monitor).options(num_cpus=0, max_restarts=3, scheduling_strategy=node).remote()
+    )
+    task = WorkerTask(
+        config=config,
+        # What was to be overwritten is gone; a second attempt must not begin anew.
+        engine=dataclasses.replace(job.engine, overwrite=False),
+        dataset_uri=storage.normalize(job.dataset),
+        output=output,
+        monitor=monitor,
+    )
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"task": task},
+        scaling_config=scaling,
+        torch_config=NodeAddressTorchConfig(),
+        run_config=RunConfig(
+            # Checkpoints and resuming are the loop's; of Ray's own files each start has new ones.
+            name=f"start-{uuid.uuid4().hex[:12]}",
+            **ray_storage(output),
+            failure_config=FailureConfig(max_failures=job.workers.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+        ),
+    )
+    progress = ProgressView()
+    try:
+        with _watch(monitor, progress):
+            trainer.fit()
+    except Exception as error:  # Ray wraps what a worker raised in errors of its own
+        raise RunError(_reason(monitor, error)) from error
+    finally:
+        progress.close()
+    if (reason := _fatal(monitor)) is not None:
+        raise RunError(reason)
+    _clear_ray_storage(output)
+    assert progress.result is not None
+    return progress.result
+
+
+def scaling_config(job: TrainJob) -> ScalingConfig:
+    """Workers and their resources, by what the cluster has.
+
+    Raises:
+        ClusterError: a GPU, or more of them, was asked for than the cluster has.
+    """
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
+    wanted = job.workers
+    if job.engine.device == "cuda" and not num_gpus:
+        raise ClusterError(
+            "a GPU was asked for (--device cuda), but the cluster has none; use --device cpu"
+        )
+    use_gpu = num_gpus > 0 and job.engine.device != "cpu"
+    most = min(num_gpus if use_gpu else 1, job.train.patches.batch_size)
+    num_workers = wanted.num_workers or most
+    if use_gpu and num_workers > num_gpus:
+        raise ClusterError(
+            f"{num_workers} workers need a GPU each, and the cluster has {num_gpus}; take fewer "
+            "--num-workers"
+        )
+    cpus = wanted.cpus_per_worker
+    if cpus is None:
+        spare = 1 if job.engine.data == "stream" else 0
+        cpus = max(1, int((num_cpus - spare) // num_workers))
+    if cpus * num_workers > num_cpus:
+        raise ClusterError(
+            f"{num_workers} workers of {cpus:g} CPUs need more than the cluster's {num_cpus:g}; "
+            "take fewer --num-workers or --cpus-per-worker"
+        )
+    least = min(wanted.min_workers or 1, num_workers)
+    return ScalingConfig(
+        num_workers=num_workers if least == num_workers else (least, num_workers),  # type: ignore[arg-type]
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
+    )
+
+
+def ray_storage(output: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own files: below the output, which all nodes share."""
+    uri = storage.join(output, "_ray")
+    if not storage.is_s3(uri):
+        return {"storage_path": uri}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options: dict[str, Any] = {}
+    if endpoint:
+        parts = urlparse(endpoint)
+        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+    return {
+        "storage_path": uri.removeprefix("s3://"),
+        "storage_filesystem": pyarrow.fs.S3FileSystem(**options),
+    }
+
+
+def _clear_ray_storage(output: str) -> None:
+    """Remove Ray Train's own files, which nobody needs once the run has ended well."""
+    place = ray_storage(output)
+    files = place.get("storage_filesystem") or pyarrow.fs.LocalFileSystem()
+    with contextlib.suppress(OSError):
+        files.delete_dir(place["storage_path"])
+
+
+@contextlib.contextmanager
+def _watch(monitor: Any, progress: ProgressView) -> Iterator[None]:
+    """Show what the monitor hears while the block runs, and the rest of it afterwards."""
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(POLL_S):
+            drain()
+
+    def drain() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            for event in ray.get(monitor.drain.remote()):
+                progress(event)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        drain()
+
+
+def _fatal(monitor: Any) -> str | None:
+    reason: str | None = ray.get(monitor.fatal.remote())
+    return reason
+
+
+def _reason(monitor: Any, error: Exception) -> str:
+    with contextlib.suppress(ray.exceptions.RayError):
+        if (reason := _fatal(monitor)) is not None:
+            return reason
+    first = str(error).strip().splitlines()
+    return first[-1] if first else type(error).__name__
+
+
+def cli() -> int:
+    """Parse the command line, run, and turn expected errors into one line each."""
+    try:
+        job = tyro.cli(TrainJob, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    except ValueError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    try:
+        return main(job)
+    except DivergedError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    except (CarnError, ValueError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,175 @@
+"""What a worker of `jobs/train.py` runs, and how it is heard of; the loop is carn.training's."""
+
+import dataclasses
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+from carn.errors import CarnError
+from carn.training.config import TrainConfig
+from carn.training.engine import EngineConfig
+from carn.training.loop import train
+
+# Windows of patches that one task of a stream reads: some tens of MB come back.
+WINDOWS_PER_TASK = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerTask:
+    """What every worker is told.
+
+    Attributes:
+        config, engine, dataset_uri, output: of `carn.training.loop.train`.
+        monitor: handle of the run's Monitor.
+    """
+
+    config: TrainConfig
+    engine: EngineConfig
+    dataset_uri: str
+    output: str
+    monitor: Any
+
+
+class Monitor:
+    """An actor beside the driver that keeps what workers say until the driver asks."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._fatal: str | None = None
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Keep an event."""
+        self._events.append(event)
+
+    def give_up(self, reason: str) -> None:
+        """Note an error that another attempt would only meet again; the first one counts."""
+        self._fatal = self._fatal or reason
+
+    def fatal(self) -> str | None:
+        """The error that ended the run, if one did."""
+        return self._fatal
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+
+def run_worker(settings: dict[str, Any]) -> None:
+    """Train as one of the workers of a Ray Train run.
+
+    Errors of the run itself (a split without tiles, a diverged loss) are told to the monitor, so
+    that the attempts that Ray makes after them end at once; lost workers, nodes and requests are
+    not among them, and another attempt goes on from the last checkpoint.
+    """
+    _quiet_ray()
+    task: WorkerTask = settings["task"]
+    monitor = task.monitor
+    if ray.get(monitor.fatal.remote()) is not None:
+        return
+    engine = task.engine
+    if os.environ.get("OMP_NUM_THREADS") and engine.num_threads is None:
+        engine = dataclasses.replace(engine, num_threads=int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        result = train(
+            task.config,
+            dataset_uri=task.dataset_uri,
+            output=task.output,
+            engine=engine,
+            map_units=map_with_ray_data,
+            on_event=lambda event: monitor.tell.remote(dict(event)),
+            on_checkpoint=_report,
+        )
+    except (CarnError, ValueError) as error:
+        if not _may_pass(error):
+            ray.get(monitor.give_up.remote(f"{type(error).__name__}: {error}"))
+        raise
+    if ray.train.get_context().get_world_rank() == 0:
+        ray.get(monitor.tell.remote({"kind": "end", **dataclasses.asdict(result)}))
+
+
+def _quiet_ray() -> None:
+    """Ray's own lines about each report and each dataset would bury ours in the job's log."""
+    for name in list(logging.root.manager.loggerDict):
+        # Some of Ray's loggers are named after their files.
+        if name.startswith("ray.") or "/ray/train/" in Path(name).as_posix():
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _report(metrics: Mapping[str, float]) -> None:
+    # Ray (and a sweep around the run) sees the numbers; checkpoints are the loop's own.
+    ray.train.report(dict(metrics))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may go well: storage and its servers recover."""
+    from carn.errors import AccessDeniedError, MissingObjectError, StorageError
+
+    lasting = (AccessDeniedError, MissingObjectError)
+    return isinstance(error, StorageError) and not isinstance(error, lasting)
+
+
+def map_with_ray_data(
+    function: Callable[[dict[str, Any]], dict[str, Any]], units: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Map over units with Ray Data, ahead of need, results in the order of the units."""
+    import ray.data
+
+    _quiet_ray()
+    listed = list(units)
+    if not listed:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        return function({name: int(value) for name, value in row.items()})
+
+    num_tasks = -(-len(listed) // WINDOWS_PER_TASK)
+    dataset = ray.data.from_items(listed, override_num_blocks=num_tasks).map(read)
+    yield from dataset.iter_rows()
+
+
+# ------------------------------------------------------------------------------------------ network
+
+
+class NodeAddressTorchConfig(TorchConfig):
+    """Torch's process group over the network interface that Ray knows each node by.
+
+    Gloo binds to what the host's name resolves to, which on many machines is the loopback address:
+    workers of other nodes then cannot connect.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        """Chooses the interface before torch looks for one."""
+        return _NodeAddressBackend
+
+
+class _NodeAddressBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def choose_interface() -> None:
+    """Let gloo use the interface that has the node's address, unless somebody chose one."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    for name, addresses in psutil.net_if_addrs().items():
+        families = (socket.AF_INET, socket.AF_INET6)
+        if any(item.family in families and item.address == address for item in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
