@@ -12,6 +12,7 @@ Examples:
       --output s3://lab/runs/carn-x2
 """
 
+import argparse
 import contextlib
 import dataclasses
 import logging
@@ -19,7 +20,7 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import pyarrow.fs
 import ray
 import ray.train
 import tyro
+import yaml
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -39,11 +41,12 @@ from carn import storage
 from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.errors import CarnError, DatasetError, DivergedError, RunError
 from carn.report.train_summary import write_report
-from carn.training.config import TrainConfig, resolve
+from carn.training.config import NetworkConfig, TrainConfig, resolve
 from carn.training.data import make_sampler
 from carn.training.engine import EngineConfig
 from carn.training.loop import TrainResult, check_group
 from carn.training.progress import ProgressView
+from carn.training.recipes import Recipe, recipe, with_values
 from carn.training.run_folder import RunFolder
 from carn.training.tiles import dataset_digest
 from jobs.ray_stage import ClusterError, start_ray
@@ -93,11 +96,19 @@ class TrainJob:
     output: str | None = None
     """Folder or s3:// prefix of the run, which all nodes must share; None for
     runs/<model>-x<scale>-seed<seed> in the folder the job is started from."""
+    recipe: Recipe = "paper"
+    """What all that is not said otherwise is taken from. `paper`: every network as the CARN paper
+    trained it. `own`: as the network's own authors did."""
+    config: str | None = None
+    """YAML file with settings of training by name, such as a sweep's best; options given beside it
+    go before it."""
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     def __post_init__(self) -> None:
+        if self.dataset is tyro.MISSING:
+            return  # not a job yet: the defaults of the command line
         storage.normalize(self.dataset)
         if self.output is None and "RAY_ADDRESS" in os.environ:
             raise ValueError(
@@ -163,7 +174,7 @@ def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> TrainResult:
     """Run the workers to the end, showing what they say.
 
     Raises:
-        RunError: the run cannot go on; the reason is that of the worker.
+        CarnError, ValueError: the run cannot go on; the error is that of the worker.
         ClusterError: Ray or its resources are not there.
     """
     logger.info("starting Ray, or connecting to it")
@@ -207,11 +218,11 @@ def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> TrainResult:
         with _watch(monitor, progress):
             trainer.fit()
     except Exception as error:  # Ray wraps what a worker raised in errors of its own
-        raise RunError(_reason(monitor, error)) from error
+        raise _cause(monitor, error) from error
     finally:
         progress.close()
-    if (reason := _fatal(monitor)) is not None:
-        raise RunError(reason)
+    if (fatal := _fatal(monitor)) is not None:
+        raise fatal
     _clear_ray_storage(output)
     assert progress.result is not None
     return progress.result
@@ -239,13 +250,16 @@ def scaling_config(job: TrainJob) -> ScalingConfig:
             "--num-workers"
         )
     cpus = wanted.cpus_per_worker
+    # Those who read a stream need one: they would wait for ever for workers that wait for them.
+    spare = 1 if job.engine.data == "stream" else 0
     if cpus is None:
-        spare = 1 if job.engine.data == "stream" else 0
         cpus = max(1, int((num_cpus - spare) // num_workers))
-    if cpus * num_workers > num_cpus:
+    if cpus * num_workers + spare > num_cpus:
+        reading = " and one that reads their stream" if spare else ""
         raise ClusterError(
-            f"{num_workers} workers of {cpus:g} CPUs need more than the cluster's {num_cpus:g}; "
-            "take fewer --num-workers or --cpus-per-worker"
+            f"{num_workers} workers of {cpus:g} CPUs{reading} need more than the cluster's "
+            f"{num_cpus:g}; take fewer --num-workers or --cpus-per-worker"
+            + (", or --data memory" if spare else "")
         )
     least = min(wanted.min_workers or 1, num_workers)
     return ScalingConfig(
@@ -303,24 +317,70 @@ def _watch(monitor: Any, progress: ProgressView) -> Iterator[None]:
         drain()
 
 
-def _fatal(monitor: Any) -> str | None:
-    reason: str | None = ray.get(monitor.fatal.remote())
-    return reason
+def _fatal(monitor: Any) -> Exception | None:
+    error: Exception | None = ray.get(monitor.fatal.remote())
+    return error
 
 
-def _reason(monitor: Any, error: Exception) -> str:
+def _cause(monitor: Any, error: Exception) -> Exception:
     with contextlib.suppress(ray.exceptions.RayError):
-        if (reason := _fatal(monitor)) is not None:
-            return reason
+        if (fatal := _fatal(monitor)) is not None:
+            return fatal
     first = str(error).strip().splitlines()
-    return first[-1] if first else type(error).__name__
+    return RunError(first[-1] if first else type(error).__name__)
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainJob:
+    """The job that a command line asks for: options before --config before --recipe.
+
+    Raises:
+        ValueError: a setting is impossible, or the file of --config has others than training's.
+        StorageError: the file cannot be read.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", default="paper")
+    early.add_argument("--config", default=None)
+    early.add_argument("--model", default=None)
+    early.add_argument("--scale", type=int, default=None)
+    known, _ = early.parse_known_args(arguments)
+    values = read_settings(known.config) if known.config else {}
+    values |= {n: getattr(known, n) for n in ("model", "scale") if getattr(known, n) is not None}
+    network = NetworkConfig()
+    start = recipe(
+        known.recipe,
+        model=values.get("model", network.model),
+        scale=values.get("scale", network.scale),
+    )
+    return tyro.cli(
+        TrainJob,
+        default=TrainJob(dataset=tyro.MISSING, train=with_values(start, values)),
+        args=arguments,
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def read_settings(uri: str) -> dict[str, Any]:
+    """Settings by name from a YAML file.
+
+    Raises:
+        ValueError: it is no YAML, or not of names and values.
+        StorageError: it cannot be read.
+    """
+    try:
+        content = yaml.safe_load(storage.read_bytes(storage.normalize(uri)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {uri} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {uri} must hold settings by name, as `steps: 1000`")
+    return content
 
 
 def cli() -> int:
     """Parse the command line, run, and turn expected errors into one line each."""
     try:
-        job = tyro.cli(TrainJob, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    except ValueError as error:
+        job = parse()
+    except (CarnError, ValueError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
     try:

@@ -11,10 +11,17 @@ from typing import Any
 
 import psutil
 import ray
+import ray.data
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-from carn.errors import CarnError
+from carn.errors import (
+    AccessDeniedError,
+    CarnError,
+    DivergedError,
+    MissingObjectError,
+    StorageError,
+)
 from carn.training.config import TrainConfig
 from carn.training.engine import EngineConfig
 from carn.training.loop import train
@@ -44,17 +51,17 @@ class Monitor:
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
-        self._fatal: str | None = None
+        self._fatal: Exception | None = None
 
     def tell(self, event: dict[str, Any]) -> None:
         """Keep an event."""
         self._events.append(event)
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, error: Exception) -> None:
         """Note an error that another attempt would only meet again; the first one counts."""
-        self._fatal = self._fatal or reason
+        self._fatal = self._fatal or error
 
-    def fatal(self) -> str | None:
+    def fatal(self) -> Exception | None:
         """The error that ended the run, if one did."""
         return self._fatal
 
@@ -90,8 +97,12 @@ def run_worker(settings: dict[str, Any]) -> None:
             on_checkpoint=_report,
         )
     except (CarnError, ValueError) as error:
-        if not _may_pass(error):
-            ray.get(monitor.give_up.remote(f"{type(error).__name__}: {error}"))
+        if _may_pass(error):
+            raise
+        ray.get(monitor.give_up.remote(error))
+        is_alone = ray.train.get_context().get_world_size() == 1
+        if is_alone or isinstance(error, DivergedError):
+            return  # on every worker alike: nobody is left waiting, and Ray need not try again
         raise
     if ray.train.get_context().get_world_rank() == 0:
         ray.get(monitor.tell.remote({"kind": "end", **dataclasses.asdict(result)}))
@@ -112,8 +123,6 @@ def _report(metrics: Mapping[str, float]) -> None:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another attempt may go well: storage and its servers recover."""
-    from carn.errors import AccessDeniedError, MissingObjectError, StorageError
-
     lasting = (AccessDeniedError, MissingObjectError)
     return isinstance(error, StorageError) and not isinstance(error, lasting)
 
@@ -122,8 +131,6 @@ def map_with_ray_data(
     function: Callable[[dict[str, Any]], dict[str, Any]], units: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Map over units with Ray Data, ahead of need, results in the order of the units."""
-    import ray.data
-
     _quiet_ray()
     listed = list(units)
     if not listed:

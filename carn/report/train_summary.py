@@ -17,6 +17,7 @@ from torch import nn
 from carn import storage
 from carn.bcsr.dataset import open_dataset
 from carn.errors import CarnError, RunError
+from carn.metrics import psnr
 from carn.models.bicubic import Bicubic, BicubicConfig
 from carn.models.checkpoint import Checkpoint, load_model, read_checkpoint
 from carn.models.cost import count_parameters
@@ -194,16 +195,17 @@ def _crop_row(
         "SR": validator.upscale(model.eval(), index, device),
         "HR": hr,
     }
-    side = CROP_PX // scale * scale
+    side = min(CROP_PX, *hr.shape[:2]) // scale * scale
     top, left = _busiest(hr, side=side, scale=scale)
-    cut = {
-        name: _png(
-            pixels[top // scale : (top + side) // scale, left // scale : (left + side) // scale]
-            if name == "LR"
-            else pixels[top : top + side, left : left + side]
-        )
-        for name, pixels in pictures.items()
-    }
+    cut = {}
+    target = hr[top : top + side, left : left + side]
+    for name, pixels in pictures.items():
+        zoom = scale if name == "LR" else 1
+        rows = slice(top // zoom, (top + side) // zoom)
+        part = pixels[rows, left // zoom : (left + side) // zoom]
+        has_score = name in ("bicubic", "SR")
+        score = f" {float(psnr(_tensor(part), _tensor(target))):.2f} dB" if has_score else ""
+        cut[name + score] = _png(part)
     return CropRow(
         title=validator.tile_ids[index],
         detail=f"{gain:+.2f} dB over bicubic on the tile; {side} px of it at ({left}, {top})",
@@ -222,6 +224,10 @@ def _busiest(hr: Rgb, *, side: int, scale: int) -> tuple[int, int]:
         for left in range(0, max(1, width - side + 1), step)
     ]
     return max(corners, key=lambda at: grey[at[0] : at[0] + side, at[1] : at[1] + side].std())
+
+
+def _tensor(pixels: Rgb) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
 
 
 def _png(pixels: Rgb) -> bytes:
