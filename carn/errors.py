@@ -36,6 +36,10 @@ class AccessDeniedError(StorageError):
     """The credentials at hand do not open this location."""
 
 
+class CacheError(StorageError):
+    """The node's cache cannot hold what it was to hold."""
+
+
 class SlideError(CarnError):
     """A slide could not be opened or read.
 

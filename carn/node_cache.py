@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from carn.errors import StorageError
+from carn.errors import CacheError
 
 DEFAULT_CACHE_GB = 50.0
 
@@ -59,7 +59,7 @@ def hold(
         fill: writes the entry into the folder it is given, which exists.
 
     Raises:
-        StorageError: the entry is larger than the cache's bound, finds no room among entries in
+        CacheError: the entry is larger than the cache's bound, finds no room among entries in
             use, or the cache's folder cannot be written.
     """
     root = cache_dir()
@@ -68,7 +68,7 @@ def hold(
         root.mkdir(parents=True, exist_ok=True)
         pin = _lock_file(root, key).open("ab")
     except OSError as error:
-        raise StorageError(
+        raise CacheError(
             uri,
             f"needs the cache {root}, which cannot be written ({error.strerror}); "
             "set CARN_CACHE_DIR to a folder that can",
@@ -94,7 +94,7 @@ def hold(
 def _make_room(size: int, *, keep: str, uri: str) -> None:
     bound = cache_bytes()
     if size > bound:
-        raise StorageError(
+        raise CacheError(
             uri,
             f"takes {size / 1e9:.1f} GB on the node's disk, more than the cache's "
             f"{bound / 1e9:.1f} GB; set CARN_CACHE_GB higher, or CARN_CACHE_DIR to a larger disk",
@@ -110,7 +110,7 @@ def _make_room(size: int, *, keep: str, uri: str) -> None:
             if _evict(root, folder):
                 used -= sizes[folder]
         if used + size > bound:
-            raise StorageError(
+            raise CacheError(
                 uri,
                 f"finds no room in the cache {root} ({used / 1e9:.1f} of "
                 f"{bound / 1e9:.1f} GB are in use by running work); set CARN_CACHE_GB higher",

@@ -3,7 +3,7 @@
 One command on a workstation, the same under `ray job submit` on a cluster, data-parallel over its
 GPUs. The batch is shared by the workers, so their number changes neither the recipe nor (but for
 roundings) the result. A run that was stopped or killed goes on from its last checkpoint when the
-same command is given again; a finished one is left as it is.
+same command is given again (without --overwrite); a finished one is left as it is.
 
 Examples:
   python jobs/train.py --dataset bcsr/ --scale 2
@@ -17,19 +17,18 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 # `python jobs/train.py` puts jobs/ on the path, not the folder that holds carn/ and jobs/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pyarrow.fs
 import ray
 import ray.train
 import tyro
@@ -40,13 +39,15 @@ from ray.train.torch import TorchTrainer
 from carn import storage
 from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.errors import CarnError, DatasetError, DivergedError, RunError
+from carn.models.table import MODELS
 from carn.report.train_summary import write_report
 from carn.training.config import NetworkConfig, TrainConfig, resolve
 from carn.training.data import make_sampler
 from carn.training.engine import EngineConfig
-from carn.training.loop import TrainResult, check_group
+from carn.training.loop import check_group
+from carn.training.players import BATCH_NORM_ON_CPU
 from carn.training.progress import ProgressView
-from carn.training.recipes import Recipe, recipe, with_values
+from carn.training.recipes import Recipe, flat, recipe, with_values
 from carn.training.run_folder import RunFolder
 from carn.training.tiles import dataset_digest
 from jobs.ray_stage import ClusterError, start_ray
@@ -98,7 +99,7 @@ class TrainJob:
     runs/<model>-x<scale>-seed<seed> in the folder the job is started from."""
     recipe: Recipe = "paper"
     """What all that is not said otherwise is taken from. `paper`: every network as the CARN paper
-    trained it. `own`: as the network's own authors did."""
+    trained it. `own`: as the network's own authors did, where that is known to differ."""
     config: str | None = None
     """YAML file with settings of training by name, such as a sweep's best; options given beside it
     go before it."""
@@ -116,8 +117,11 @@ class TrainJob:
                 "job starts in is thrown away"
             )
         check_group(self.train, self.engine, num_workers=self.workers.num_workers or 1)
-        output = self.output_uri.rstrip("/") + "/"
-        if output.startswith(storage.normalize(self.dataset).rstrip("/") + "/"):
+        output, dataset = (
+            uri if storage.is_s3(uri) else os.path.realpath(uri)
+            for uri in (self.output_uri, storage.normalize(self.dataset))
+        )
+        if (output.rstrip("/") + "/").startswith(dataset.rstrip("/") + "/"):
             raise ValueError(f"--output {self.output} lies in the dataset; choose another")
 
     @property
@@ -170,7 +174,7 @@ def check_dataset(dataset: BcsrDataset, config: TrainConfig) -> None:
     make_sampler(dataset, list(sides), tuple(table["tile_id"].to_pylist()), config)
 
 
-def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> TrainResult:
+def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> None:
     """Run the workers to the end, showing what they say.
 
     Raises:
@@ -200,32 +204,29 @@ def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> TrainResult:
         output=output,
         monitor=monitor,
     )
+    own_files = tempfile.mkdtemp(prefix="carn-ray-train-")
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"task": task},
         scaling_config=scaling,
         torch_config=NodeAddressTorchConfig(),
         run_config=RunConfig(
-            # Checkpoints and resuming are the loop's; of Ray's own files each start has new ones.
-            name=f"start-{uuid.uuid4().hex[:12]}",
-            **ray_storage(output),
+            # Checkpoints and resuming are the loop's. Ray's own files are read on this node alone.
+            storage_path=own_files,
             failure_config=FailureConfig(max_failures=job.workers.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
     progress = ProgressView()
     try:
-        with _watch(monitor, progress):
-            trainer.fit()
+        _fit(trainer, monitor, progress)
     except Exception as error:  # Ray wraps what a worker raised in errors of its own
         raise _cause(monitor, error) from error
     finally:
         progress.close()
+        shutil.rmtree(own_files, ignore_errors=True)
     if (fatal := _fatal(monitor)) is not None:
         raise fatal
-    _clear_ray_storage(output)
-    assert progress.result is not None
-    return progress.result
 
 
 def scaling_config(job: TrainJob) -> ScalingConfig:
@@ -234,8 +235,8 @@ def scaling_config(job: TrainJob) -> ScalingConfig:
     Raises:
         ClusterError: a GPU, or more of them, was asked for than the cluster has.
     """
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     wanted = job.workers
     if job.engine.device == "cuda" and not num_gpus:
         raise ClusterError(
@@ -249,16 +250,18 @@ def scaling_config(job: TrainJob) -> ScalingConfig:
             f"{num_workers} workers need a GPU each, and the cluster has {num_gpus}; take fewer "
             "--num-workers"
         )
-    cpus = wanted.cpus_per_worker
-    # Those who read a stream need one: they would wait for ever for workers that wait for them.
+    if job.train.network.model == "srgan" and num_workers > 1 and not use_gpu:
+        raise ClusterError(BATCH_NORM_ON_CPU)
+    # Those who read a stream need a CPU on every node: with none left they would wait for ever for
+    # workers that wait for them.
     spare = 1 if job.engine.data == "stream" else 0
-    if cpus is None:
-        cpus = max(1, int((num_cpus - spare) // num_workers))
-    if cpus * num_workers + spare > num_cpus:
-        reading = " and one that reads their stream" if spare else ""
+    cpus = wanted.cpus_per_worker or _even_share(nodes, num_workers, use_gpu=use_gpu, spare=spare)
+    if _num_fitting(nodes, cpus, use_gpu=use_gpu, spare=spare) < num_workers:
+        reading = ", beside one CPU a node that reads their stream," if spare else ""
+        sizes = ", ".join(f"{node.get('CPU', 0):g}" for node in nodes)
         raise ClusterError(
-            f"{num_workers} workers of {cpus:g} CPUs{reading} need more than the cluster's "
-            f"{num_cpus:g}; take fewer --num-workers or --cpus-per-worker"
+            f"{num_workers} workers of {cpus:g} CPUs{reading} do not fit the cluster, whose nodes "
+            f"have {sizes} CPUs; take fewer --num-workers or --cpus-per-worker"
             + (", or --data memory" if spare else "")
         )
     least = min(wanted.min_workers or 1, num_workers)
@@ -269,52 +272,50 @@ def scaling_config(job: TrainJob) -> ScalingConfig:
     )
 
 
-def ray_storage(output: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own files: below the output, which all nodes share."""
-    uri = storage.join(output, "_ray")
-    if not storage.is_s3(uri):
-        return {"storage_path": uri}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {}
-    if endpoint:
-        parts = urlparse(endpoint)
-        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-    return {
-        "storage_path": uri.removeprefix("s3://"),
-        "storage_filesystem": pyarrow.fs.S3FileSystem(**options),
-    }
+def _num_fitting(
+    nodes: Sequence[dict[str, float]], cpus: float, *, use_gpu: bool, spare: int
+) -> int:
+    """How many workers of so many CPUs the nodes hold."""
+    by_cpu = [int(max(0.0, node.get("CPU", 0) - spare) / cpus) for node in nodes]
+    if not use_gpu:
+        return sum(by_cpu)
+    return sum(min(n, int(node.get("GPU", 0))) for n, node in zip(by_cpu, nodes, strict=True))
 
 
-def _clear_ray_storage(output: str) -> None:
-    """Remove Ray Train's own files, which nobody needs once the run has ended well."""
-    place = ray_storage(output)
-    files = place.get("storage_filesystem") or pyarrow.fs.LocalFileSystem()
-    with contextlib.suppress(OSError):
-        files.delete_dir(place["storage_path"])
+def _even_share(
+    nodes: Sequence[dict[str, float]], num_workers: int, *, use_gpu: bool, spare: int
+) -> float:
+    """The most CPUs that every one of the workers can have."""
+    largest = int(max(node.get("CPU", 0) for node in nodes))
+    for cpus in range(largest, 1, -1):
+        if _num_fitting(nodes, cpus, use_gpu=use_gpu, spare=spare) >= num_workers:
+            return cpus
+    return 1
 
 
-@contextlib.contextmanager
-def _watch(monitor: Any, progress: ProgressView) -> Iterator[None]:
-    """Show what the monitor hears while the block runs, and the rest of it afterwards."""
-    is_over = threading.Event()
+def _fit(trainer: TorchTrainer, monitor: Any, progress: ProgressView) -> None:
+    """Run the trainer, showing what the monitor hears.
 
-    def look() -> None:
-        while not is_over.wait(POLL_S):
-            drain()
+    In a thread of its own: in the main one Ray would take Ctrl-C for itself, and end with another
+    exit status and no word of how to go on.
+    """
+    errors: list[BaseException] = []
 
-    def drain() -> None:
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
         with contextlib.suppress(ray.exceptions.RayError):
             for event in ray.get(monitor.drain.remote()):
                 progress(event)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-        drain()
+    if errors:
+        raise errors[0]
 
 
 def _fatal(monitor: Any) -> Exception | None:
@@ -326,8 +327,8 @@ def _cause(monitor: Any, error: Exception) -> Exception:
     with contextlib.suppress(ray.exceptions.RayError):
         if (fatal := _fatal(monitor)) is not None:
             return fatal
-    first = str(error).strip().splitlines()
-    return RunError(first[-1] if first else type(error).__name__)
+    lines = str(error).strip().splitlines()
+    return RunError(lines[-1] if lines else type(error).__name__)
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainJob:
@@ -341,10 +342,14 @@ def parse(arguments: Sequence[str] | None = None) -> TrainJob:
     early.add_argument("--recipe", default="paper")
     early.add_argument("--config", default=None)
     early.add_argument("--model", default=None)
-    early.add_argument("--scale", type=int, default=None)
+    early.add_argument("--scale", default="")
     known, _ = early.parse_known_args(arguments)
-    values = read_settings(known.config) if known.config else {}
-    values |= {n: getattr(known, n) for n in ("model", "scale") if getattr(known, n) is not None}
+    values = flat(read_settings(known.config)) if known.config else {}
+    # What is wrong with the one or the other is better said by the parser proper.
+    if known.model in MODELS:
+        values["model"] = known.model
+    if known.scale.isdigit():
+        values["scale"] = int(known.scale)
     network = NetworkConfig()
     start = recipe(
         known.recipe,

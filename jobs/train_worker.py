@@ -17,6 +17,7 @@ from ray.train.torch.config import _TorchBackend
 
 from carn.errors import (
     AccessDeniedError,
+    CacheError,
     CarnError,
     DivergedError,
     MissingObjectError,
@@ -28,6 +29,8 @@ from carn.training.loop import train
 
 # Windows of patches that one task of a stream reads: some tens of MB come back.
 WINDOWS_PER_TASK = 4
+# Seconds without a window read after which a stream gives up, and its run begins another attempt.
+NO_PROGRESS_S = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +87,9 @@ def run_worker(settings: dict[str, Any]) -> None:
     if ray.get(monitor.fatal.remote()) is not None:
         return
     engine = task.engine
-    if os.environ.get("OMP_NUM_THREADS") and engine.num_threads is None:
-        engine = dataclasses.replace(engine, num_threads=int(os.environ["OMP_NUM_THREADS"]))
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # Ray sets it to the CPUs
+    if threads.isdigit() and engine.num_threads is None:
+        engine = dataclasses.replace(engine, num_threads=int(threads))
     try:
         result = train(
             task.config,
@@ -123,14 +127,18 @@ def _report(metrics: Mapping[str, float]) -> None:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another attempt may go well: storage and its servers recover."""
-    lasting = (AccessDeniedError, MissingObjectError)
+    lasting = (AccessDeniedError, CacheError, MissingObjectError)
     return isinstance(error, StorageError) and not isinstance(error, lasting)
 
 
 def map_with_ray_data(
     function: Callable[[dict[str, Any]], dict[str, Any]], units: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Map over units with Ray Data, ahead of need, results in the order of the units."""
+    """Map over units with Ray Data, ahead of need, results in the order of the units.
+
+    Raises:
+        CarnError: what the function raised.
+    """
     _quiet_ray()
     listed = list(units)
     if not listed:
@@ -139,13 +147,29 @@ def map_with_ray_data(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    # A window that is left out would put all later ones in the wrong place.
+    context.max_errored_blocks = 0
+    # Without a free CPU nobody reads, and the workers would wait for ever.
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
         return function({name: int(value) for name, value in row.items()})
 
     num_tasks = -(-len(listed) // WINDOWS_PER_TASK)
     dataset = ray.data.from_items(listed, override_num_blocks=num_tasks).map(read)
-    yield from dataset.iter_rows()
+    try:
+        yield from dataset.iter_rows()
+    except Exception as error:  # Ray wraps what a task raised in errors of its own
+        for cause in _causes(error):
+            if isinstance(cause, CarnError):
+                raise cause from None
+        raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
 
 
 # ------------------------------------------------------------------------------------------ network

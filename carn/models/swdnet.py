@@ -362,10 +362,10 @@ class SwdNet(nn.Module):
         )
 
 
-def _top_left(image: Tensor, *, height: int, width: int) -> Tensor:
+def _top_left(image: Tensor, *, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
     # Not a slice: torch.export takes each one for a promise that sides are even.
-    rows = torch.arange(height, device=image.device)
-    columns = torch.arange(width, device=image.device)
+    rows = torch.arange(height, device=image.device)  # type: ignore[arg-type]
+    columns = torch.arange(width, device=image.device)  # type: ignore[arg-type]
     return image.index_select(2, rows).index_select(3, columns)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from torch import nn
 
@@ -253,6 +254,6 @@ def _summary(report: TrainReport, checkpoint: Checkpoint, uri: str) -> str:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     try:
-        sys.stdout.write(write_report(sys.argv[1]) + "\n")
-    except (CarnError, IndexError) as error:
+        sys.stdout.write(tyro.cli(write_report, config=(tyro.conf.Positional,)) + "\n")
+    except CarnError as error:
         sys.exit(f"train_summary: {error}")

@@ -7,10 +7,7 @@ from pathlib import Path
 from carn import storage
 from carn.errors import SlideError
 from carn.slides import node_cache
-from carn.slides.image import ImageSlide
-from carn.slides.openslide_reader import OpenSlideSlide
 from carn.slides.slide import Slide
-from carn.slides.tiled_jpeg import NotTiledJpegError, TiledJpegSlide
 
 # Open slides a process keeps. Each holds a descriptor and, for the largest, a few MB of tile
 # positions; work is ordered by slide, so more would not be used again.
@@ -28,6 +25,10 @@ def open_slide(uri: str | Path) -> Slide:
         SlideError: an empty file, a directory, not a slide, truncated, damaged or absurd.
         StorageError: storage does not answer.
     """
+    # Readers and their libraries wait for a slide: whoever trains on a dataset opens none.
+    from carn.slides.openslide_reader import OpenSlideSlide
+    from carn.slides.tiled_jpeg import NotTiledJpegError, TiledJpegSlide
+
     name = storage.normalize(uri)
     if not storage.is_s3(name) and Path(name).is_dir():
         raise SlideError(name, "is a directory; name a slide file in it")
@@ -59,6 +60,8 @@ def open_image(uri: str | Path) -> Slide:
         MissingObjectError, AccessDeniedError, StorageError: it cannot be read.
         SlideError: not an image, damaged, truncated or absurdly large.
     """
+    from carn.slides.image import ImageSlide
+
     return ImageSlide(storage.normalize(uri))
 
 

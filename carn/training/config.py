@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from carn.bcsr.degradation import SCALES
+from carn.metrics import SSIM_WINDOW_PX
 from carn.models.layers import BCSR_MEAN
 from carn.models.table import MODELS, ModelConfig, ModelName
 from carn.training.loss import LossConfig
@@ -70,6 +71,8 @@ class NetworkConfig:
         if "mean" in known:
             means = {"dataset": dataset_mean, "published": BCSR_MEAN, "div2k": DIV2K_MEAN}
             changes["mean"] = means[self.mean]
+        elif self.mean != "dataset":
+            raise ValueError(f"model={self.model!r} takes no mean away; leave mean out")
         return config_class(**changes)
 
 
@@ -170,8 +173,9 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     steps: int = 300_000
     """Updates; the paper's 300 epochs of 1000."""
-    swdnet_stage_steps: int = 150_000
-    """SWD-Net only: updates of its first stage, which trains the spatial network alone."""
+    swdnet_stage_steps: int | None = None
+    """SWD-Net only: updates of its first stage, which trains the spatial network alone; None for
+    half of them."""
     seed: int = 1
     """Of weights, samples and augmentation. The paper averages seeds 1, 7, 11, 18 and 1011."""
 
@@ -186,11 +190,17 @@ class TrainConfig:
         if crop is not None and crop % scale:
             # The crop is rounded down where it is taken; a mismatch is no error.
             check_at_least("validation_crop_px", crop - crop % scale, 16)
-        own = OWN_OBJECTIVES.get(self.network.model)
-        if own and self.loss.loss is not None:
+        stage_steps = self.swdnet_stage_steps
+        if stage_steps is not None and self.network.model == "swdnet" and stage_steps >= self.steps:
             raise ValueError(
-                f"model={self.network.model!r} is trained by {own}; leave loss={self.loss.loss!r} "
-                "out"
+                f"swdnet_stage_steps={stage_steps} leave nothing of steps={self.steps} to the "
+                "second stage, which trains the wavelet network"
+            )
+        own = OWN_OBJECTIVES.get(self.network.model)
+        if own and self.loss != LossConfig():
+            raise ValueError(
+                f"model={self.network.model!r} is trained by {own}; leave loss, alpha, beta and "
+                "gamma out"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,14 +228,31 @@ def default_loss(model: ModelName) -> LossConfig:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The settings with nothing left open: loss and patch size as the recipe has them."""
+    """The settings with nothing left open: loss, patch size and stages as the recipe has them.
+
+    Raises:
+        ValueError: a patch smaller than SSIM's window.
+    """
     network = config.network
     loss = config.loss
     if loss.loss is None and network.model not in OWN_OBJECTIVES:
         own = default_loss(network.model)
         loss = dataclasses.replace(loss, loss=own.loss)
-    patches = dataclasses.replace(config.patches, patch_px=config.patches.side_px(network.scale))
-    return dataclasses.replace(config, loss=loss, patches=patches)
+    side = config.patches.side_px(network.scale)
+    if loss.has_ssim and side < SSIM_WINDOW_PX:
+        raise ValueError(
+            f"patch_px={side} is smaller than SSIM's window of {SSIM_WINDOW_PX} px; take larger "
+            "patches, or gamma=0"
+        )
+    stage_steps = config.swdnet_stage_steps
+    if network.model == "swdnet" and stage_steps is None:
+        stage_steps = config.steps // 2
+    return dataclasses.replace(
+        config,
+        loss=loss,
+        patches=dataclasses.replace(config.patches, patch_px=side),
+        swdnet_stage_steps=stage_steps,
+    )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -11,9 +11,10 @@ from carn.bcsr.dataset import BcsrDataset
 from carn.training.config import TrainConfig
 from carn.training.engine import DataPath
 from carn.training.group import WorkerGroup
+from carn.training.patches import TileStore, cut_patches
 from carn.training.samples import Sampler, share
 from carn.training.stream import MapUnits, WindowReader, stream_batches, windows_in_order
-from carn.training.tiles import TileStore, cut_patches, load_tiles
+from carn.training.tiles import load_tiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,9 @@ def set_up(engine: EngineConfig, device: torch.device) -> None:
         keep_freed_memory()
     else:
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+        # TF32 keeps 10 bits of the mantissa: it would call itself fp32, and score as such.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def prepare(model: nn.Module, engine: EngineConfig) -> None:

@@ -83,7 +83,7 @@ def train(
         engine: how to run.
         map_units: with `data="stream"`, what maps the reading of patches over processes.
         on_event: called on rank 0 with {"kind": "begin" | "step" | "validation" | "checkpoint",
-            "step": ..., "steps": ..., and numbers by name}.
+            "step": ..., "steps": ..., "elapsed_s": ..., and numbers by name}.
         on_checkpoint: called on every worker when a checkpoint has been written, with its metrics.
 
     Raises:
@@ -153,7 +153,7 @@ class _Run:
         if self.group.rank == 0:
             self.recorder = Recorder(output, first_step=self.progress.step)
         self.losses = LossLog(batch_size=config.patches.batch_size, group=self.group)
-        self.clock = time.perf_counter()
+        self.clock = self.begun = time.perf_counter()
 
     def _make_model(self, dataset: BcsrDataset) -> None:
         network = self.config.network
@@ -173,8 +173,10 @@ class _Run:
 
     def announce(self) -> None:
         """Tell where the run begins."""
-        self.clock = time.perf_counter()
+        self.clock = self.begun = time.perf_counter()
         facts = {"bicubic_psnr": self.bicubic.mean_psnr} if self.bicubic else {}
+        if self.progress.best_psnr is not None:
+            facts["best_psnr"] = self.progress.best_psnr
         self._tell("begin", self.progress.step, facts)
 
     def batches(self, map_units: MapUnits) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -219,6 +221,9 @@ class _Run:
         if not (is_checkpoint or done % engine.log_every == 0):
             return
         row = self._record(done)
+        if is_checkpoint and not self._is_finite():
+            # The loss was a number, what it did to the weights was not.
+            raise self._diverged(done - 1)
         if is_validation and self.validator is not None:
             row |= self._validate(done, self.validator)
         if is_checkpoint:
@@ -228,10 +233,7 @@ class _Run:
 
     def _record(self, done: int) -> dict[str, float]:
         for index in self.losses.not_finite():
-            bad = done - self.losses.num_steps + index
-            kept = [step for step in self.folder.steps() if step <= bad]
-            last = self.folder.checkpoint_uri(kept[-1]) if kept else None
-            raise DivergedError(bad + 1, self.data.names_at(bad), last)
+            raise self._diverged(done - self.losses.num_steps + index)
         row = self.losses.means()
         seconds = time.perf_counter() - self.clock
         batch_size = self.config.patches.batch_size
@@ -241,16 +243,21 @@ class _Run:
         }
         if self.recorder is not None:
             elapsed = self.recorder.seconds + seconds
-            self.recorder.add({"step": done, "seconds": elapsed, **row})
+            self.recorder.add({"step": float(done), "seconds": elapsed, **row})
         self._tell("step", done, row)
         return row
+
+    def _diverged(self, bad: int) -> DivergedError:
+        kept = [step for step in self.folder.steps() if step <= bad]
+        last = self.folder.checkpoint_uri(kept[-1]) if kept else None
+        return DivergedError(bad + 1, self.data.names_at(bad), last)
 
     def _validate(self, done: int, validator: Validator) -> dict[str, float]:
         scores = validator.score(self.shipped, self.device)
         self.progress = self.progress.with_scores(done, scores.mean_psnr, scores.mean_ssim)
         found = {"validation_psnr": scores.mean_psnr, "validation_ssim": scores.mean_ssim}
         if self.recorder is not None:
-            self.recorder.add({"step": done, **found})
+            self.recorder.add({"step": float(done), **found})
         self._tell("validation", done, found)
         return found
 
@@ -287,7 +294,11 @@ class _Run:
 
     def _tell(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
         if self.group.rank == 0:
-            facts = {"steps": self.config.steps, "num_workers": self.group.world_size}
+            facts = {
+                "steps": self.config.steps,
+                "num_workers": self.group.world_size,
+                "elapsed_s": time.perf_counter() - self.begun,
+            }
             self.on_event({"kind": kind, "step": step, **facts, **numbers})
 
     # ------------------------------------------------------------------------------- state
@@ -299,6 +310,12 @@ class _Run:
             for name, value in self.average.state_dict().items():
                 state[f"average/{name}"] = value
         return state
+
+    def _is_finite(self) -> bool:
+        """Whether all that would be kept is made of numbers, on every worker."""
+        kept = [tensor for tensor in self._state().values() if tensor.is_floating_point()]
+        bad = torch.stack([(~torch.isfinite(tensor)).any().to(self.device) for tensor in kept])
+        return not bool(self.group.sum(bad.double()).any())
 
     def _resume(self) -> Progress:
         """Put everything where the newest whole checkpoint left it."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from carn.errors import RunError
 from carn.models.srcnn import Srcnn
 from carn.models.srgan import Srgan, SrganDiscriminator
 from carn.models.swdnet import SwdNet
@@ -22,6 +23,11 @@ from carn.training.objectives import (
     PixelObjective,
     SrcnnObjective,
     SwdNetObjective,
+)
+
+BATCH_NORM_ON_CPU = (
+    "SRGAN normalizes over its batch, which torch does for several workers on GPUs only; on CPUs "
+    "train it with --num-workers 1"
 )
 
 
@@ -71,9 +77,14 @@ def make_players(
 
     The network is moved to the device in place. SRGAN's discriminator is drawn from torch's
     generator.
+
+    Raises:
+        RunError: SRGAN on the CPUs of several workers.
     """
     model.to(device)
     if isinstance(model, Srgan):
+        if group.world_size > 1 and device.type == "cpu":
+            raise RunError(BATCH_NORM_ON_CPU)
         discriminator = SrganDiscriminator().to(device)
         objectives: list[tuple[str, nn.Module, nn.Module]] = [
             ("discriminator", discriminator, DiscriminatorObjective(discriminator, model)),
@@ -110,7 +121,7 @@ def at_stage(
         return players
     objective = player.objective
     inner = objective.module if isinstance(objective, DistributedDataParallel) else objective
-    stage: Literal[1, 2] = 1 if step < config.swdnet_stage_steps else 2
+    stage: Literal[1, 2] = 1 if step < (config.swdnet_stage_steps or 0) else 2
     if inner.stage == stage:
         return players
     changed = SwdNetObjective(player.network, stage=stage).to(device)
@@ -120,6 +131,8 @@ def at_stage(
 def _parallel(objective: nn.Module, *, device: torch.device, group: WorkerGroup) -> nn.Module:
     if group.world_size == 1:
         return objective
+    # Else each worker would normalize by its own part of the batch.
+    objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
     return DistributedDataParallel(
         objective,
         device_ids=[device.index] if device.type == "cuda" else None,

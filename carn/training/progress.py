@@ -38,7 +38,6 @@ class ProgressView:
         self._best: float | None = None
         self._last: float | None = None
         self._bicubic: float | None = None
-        self._began = time.monotonic()
         self._begin_step = 0
         self._line_at = 0.0
 
@@ -64,7 +63,9 @@ class ProgressView:
     def _begin(self, event: Mapping[str, Any]) -> None:
         self.close()
         self._bicubic = event.get("bicubic_psnr")
-        self._began, self._begin_step = time.monotonic(), event["step"]
+        # Another part of the run may have done better.
+        self._best = event.get("best_psnr")
+        self._begin_step = event["step"]
         workers = event["num_workers"]
         self._say(
             f"training from update {event['step']:,} to {event['steps']:,} on {workers} "
@@ -96,7 +97,7 @@ class ProgressView:
             return
         self._line_at = now
         done = event["step"] - self._begin_step
-        left = (event["steps"] - event["step"]) * (now - self._began) / max(1, done)
+        left = (event["steps"] - event["step"]) * event["elapsed_s"] / max(1, done)
         self._say(
             f"update {event['step']:,} of {event['steps']:,}: {', '.join(words)}, "
             f"{tqdm.format_interval(left)} left"

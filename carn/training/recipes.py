@@ -35,7 +35,6 @@ _OWN_VALUES: Mapping[ModelName, Mapping[str, Any]] = {
         "gradient_clip": 0.4,
         "augment": False,
         "halve_every": 150_000,
-        "swdnet_stage_steps": 600_000,
         "steps": 1_200_000,
     },
 }
@@ -73,7 +72,7 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """
     places = field_places()
     changes: dict[str, dict[str, Any]] = {}
-    for name, value in _flat(values).items():
+    for name, value in flat(values).items():
         if name not in places:
             raise ValueError(f"{name!r} is no setting of training; there are {', '.join(places)}")
         part, wanted = places[name]
@@ -99,43 +98,40 @@ def field_places() -> dict[str, tuple[str, Any]]:
     return places
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the parts of `TrainConfig` that they were nested in."""
     parts = {
         part for part, kind in get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)
     }
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if name in parts and isinstance(value, Mapping):
-            flat |= dict(value)
+            found |= dict(value)
         else:
-            flat[name] = value
-    return flat
+            found[name] = value
+    return found
 
 
 def _typed(name: str, value: Any, wanted: Any) -> Any:
     """The value as its field holds it: whole numbers become floats, lists tuples."""
-    kinds = get_args(wanted) if get_origin(wanted) is not tuple else ()
-    if get_origin(wanted) is Literal:
-        if value in kinds:
-            return value
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, kinds))}")
-    if kinds:  # a union
-        for kind in kinds:
-            try:
-                return _typed(name, value, kind)
-            except ValueError:
-                continue
-    elif get_origin(wanted) is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == len(get_args(wanted)):
-            return tuple(
-                _typed(name, item, kind) for item, kind in zip(value, get_args(wanted), strict=True)
-            )
-    elif wanted is type(None):
-        if value is None:
-            return None
-    elif wanted is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is wanted:
-        return value
+    origin, kinds = get_origin(wanted), get_args(wanted)
     shown = getattr(wanted, "__name__", None) or str(wanted)
-    raise ValueError(f"{name}={value!r} is not of type {shown}")
+    wrong = ValueError(f"{name}={value!r} is not of type {shown}")
+    if origin is Literal:
+        if value not in kinds:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, kinds))}")
+    elif origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
+            raise wrong
+        value = tuple(_typed(name, item, kind) for item, kind in zip(value, kinds, strict=True))
+    elif kinds:  # a union with None
+        (kind,) = (kind for kind in kinds if kind is not type(None))
+        value = None if value is None else _typed(name, value, kind)
+    elif wanted is float and type(value) in (int, float, str):
+        try:
+            value = float(value)  # YAML takes 1e-4 for text
+        except ValueError:
+            raise wrong from None
+    elif type(value) is not wanted:
+        raise wrong
+    return value

@@ -81,7 +81,9 @@ class Recorder:
             self._board_folder = Path(tempfile.mkdtemp(prefix="carn-tensorboard-"))
             folder = str(self._board_folder)
         purge = self._first_step + 1 if self._first_step else None
-        self._board = SummaryWriter(logdir=folder, purge_step=purge)
+        # Named by second and host: a part of a run must not write over the one before it.
+        suffix = f".{self._first_step}"
+        self._board = SummaryWriter(logdir=folder, purge_step=purge, filename_suffix=suffix)
         return self._board
 
 

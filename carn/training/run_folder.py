@@ -110,7 +110,11 @@ class RunFolder:
         known = self.facts()
         if known is not None:
             self._check_same(known, facts, config)
-        text = json.dumps(facts | {"code_version": code_version()}, indent=1, sort_keys=True) + "\n"
+            storage.delete_unfinished(storage.join(self.uri, CHECKPOINTS))
+            if known["config"]["steps"] >= config.steps:
+                return
+        version = known["code_version"] if known else code_version()
+        text = json.dumps({"code_version": version, **facts}, indent=1, sort_keys=True) + "\n"
         storage.write_bytes(storage.join(self.uri, CONFIG), text.encode())
 
     def facts(self) -> dict[str, Any] | None:
@@ -228,9 +232,9 @@ class RunFolder:
         """Say which checkpoints are the last and the best."""
         last = f"{CHECKPOINTS}/{_folder(progress.step)}"
         write_pointer(self.uri, name="last", checkpoint=last)
-        if progress.best_step is not None:
-            best = f"{CHECKPOINTS}/{_folder(progress.best_step)}"
-            write_pointer(self.uri, name="best", checkpoint=best)
+        # Without validation tiles nobody knows better: the last one stands for the best.
+        best = f"{CHECKPOINTS}/{_folder(progress.best_step or progress.step)}"
+        write_pointer(self.uri, name="best", checkpoint=best)
 
     def _prune(self, *, keep: set[int]) -> None:
         steps = self.steps()

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from carn.bcsr.dataset import TileGroup, group_tiles
-from carn.bcsr.degradation import crop_to_multiple, degrade
+from carn.errors import DatasetError
+from carn.training.patches import cut_patches, make_store
 from carn.training.samples import Sampler, Window
-from carn.training.tiles import TileStore, cut_patches
 
 # Maps a function over units of work, ahead of need, results in the order of the units.
 MapUnits = Callable[
@@ -67,7 +67,7 @@ class WindowReader:
         """All patches of a window, the fields of which are the unit.
 
         Returns:
-            {"lr": (n, h, w, 3), "hr": (n, H, W, 3)}, uint8, in the order of the window's steps.
+            The unit with "lr" (n, h, w, 3) and "hr" (n, H, W, 3), uint8, in the order of steps.
 
         Raises:
             DatasetError: the shard is damaged.
@@ -75,28 +75,11 @@ class WindowReader:
         """
         window = Window(**unit)
         group = self.groups[window.group]
-        store = _store_of(group_tiles(group), scale=self.scale)
+        store = make_store(group_tiles(group), scale=self.scale)
         samples = self.sampler.window_samples(window)
         samples = dataclasses.replace(samples, tile=samples.tile - group.first)
         lr, hr = cut_patches(store, samples, patch_px=self.patch_px)
-        return {"lr": _to_bytes(lr), "hr": _to_bytes(hr)}
-
-
-def _store_of(tiles: Sequence[Any], *, scale: int) -> TileStore:
-    pairs = [(degrade(tile, scale=scale), crop_to_multiple(tile, scale)) for tile in tiles]
-    heights, widths = (torch.tensor([lr.shape[axis] for lr, _ in pairs]) for axis in (0, 1))
-    sizes = heights * widths * 3
-    start = torch.cumsum(sizes, 0) - sizes
-    return TileStore(
-        scale=scale,
-        tile_ids=("",) * len(pairs),
-        lr=torch.from_numpy(np.concatenate([lr.ravel() for lr, _ in pairs])),
-        hr=torch.from_numpy(np.concatenate([hr.ravel() for _, hr in pairs])),
-        lr_start=start,
-        hr_start=start * scale**2,
-        lr_height=heights,
-        lr_width=widths,
-    )
+        return {**unit, "lr": _to_bytes(lr), "hr": _to_bytes(hr)}
 
 
 def _to_bytes(patches: Tensor) -> Any:
@@ -111,7 +94,11 @@ def stream_batches(
     first_step: int,
     last_step: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """LR and HR batches (float32 0..1, channels_last) of each step, from windows read in order."""
+    """LR and HR batches (float32 0..1, channels_last) of each step, from windows read in order.
+
+    Raises:
+        DatasetError: a window is missing, or out of its order.
+    """
     current: dict[int, tuple[Window, dict[str, Any]]] = {}
     for step in range(first_step, last_step):
         lr, hr = [], []
@@ -119,12 +106,19 @@ def stream_batches(
             window = current[slot][0] if slot in current else None
             if window is None or step >= window.first_step + window.num_steps:
                 window = sampler.window(slot, step)
-                current[slot] = (window, next(results))
+                current[slot] = (window, _expect(window, next(results, None)))
             patches = current[slot][1]
             at = step - window.first_step
             lr.append(patches["lr"][at])
             hr.append(patches["hr"][at])
         yield _to_floats(lr), _to_floats(hr)
+
+
+def _expect(window: Window, result: dict[str, Any] | None) -> dict[str, Any]:
+    """Patches of another window would train just as well, and wrongly."""
+    if result is None or any(int(result[n]) != v for n, v in dataclasses.asdict(window).items()):
+        raise DatasetError(f"the patches of {window} were not read; see the errors before this")
+    return result
 
 
 def _to_floats(patches: Sequence[Any]) -> Tensor:

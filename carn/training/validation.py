@@ -13,7 +13,7 @@ from carn.models.bicubic import Bicubic, BicubicConfig
 from carn.slides.slide import Rgb
 from carn.training.config import ValidationConfig
 from carn.training.group import WorkerGroup
-from carn.training.tiles import TileStore
+from carn.training.patches import TileStore
 
 
 @dataclass(frozen=True, kw_only=True)

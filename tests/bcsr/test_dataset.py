@@ -9,17 +9,20 @@ import pytest
 
 from carn import storage
 from carn.bcsr.build import select_tiles
+from carn.bcsr.codec import encode
 from carn.bcsr.config import FilterConfig, SelectConfig
 from carn.bcsr.dataset import (
     MANIFEST,
     BcsrDataset,
+    TileGroup,
+    group_tiles,
     open_dataset,
     read_manifest,
     shard_tiles,
     write_manifest,
 )
 from carn.bcsr.schema import SPLITS, TILES
-from carn.bcsr.shards import plan_shards, shard_uri, write_shard
+from carn.bcsr.shards import plan_shards, shard_bytes, shard_uri, write_shard
 from carn.errors import DatasetError, MissingObjectError
 from carn.slides import open_slide
 
@@ -81,10 +84,106 @@ def test_a_split_without_tiles_is_an_empty_table(dataset: BcsrDataset) -> None:
     assert list(without.tiles("test")) == []
 
 
-@pytest.mark.parametrize("name", ["table", "tiles", "num_tiles"])
+@pytest.mark.parametrize("name", ["table", "tiles", "num_tiles", "groups"])
 def test_an_unknown_split_is_named(dataset: BcsrDataset, name: str) -> None:
     with pytest.raises(ValueError, match="'valid' is no split; there are train, validation, test"):
         list(getattr(dataset, name)("valid"))
+
+
+# --------------------------------------------------------------------------------------- groups
+
+
+@pytest.fixture
+def two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of two tiles: shards of three then have one of two and one of one."""
+    for module in ("dataset", "shards"):
+        monkeypatch.setattr(f"carn.bcsr.{module}.ROWS_PER_GROUP", 2)
+
+
+def test_groups_are_the_tiles_of_a_split_in_their_order(
+    two_rows: None, dataset: BcsrDataset
+) -> None:
+    for split in SPLITS:
+        groups = dataset.groups(split)
+        tiles = [pixels for _, pixels in dataset.tiles(split)]
+        first = 0
+        for group in groups:
+            assert group.first == first
+            found = group_tiles(group)
+            assert len(found) == group.count
+            for pixels, wanted in zip(found, tiles[first : first + group.count], strict=True):
+                np.testing.assert_array_equal(pixels, wanted)
+            first += group.count
+        assert first == dataset.num_tiles(split)
+    # Seven training tiles in shards of three.
+    assert [(group.index, group.count) for group in dataset.groups("train")] == [
+        *((0, 2), (1, 1), (0, 2), (1, 1), (0, 1)),
+    ]
+
+
+def test_groups_are_planned_without_reading(dataset: BcsrDataset) -> None:
+    elsewhere = BcsrDataset(uri="/nowhere", manifest=dataset.manifest)
+    assert [group.count for group in elsewhere.groups("train")] == [3, 3, 1]
+
+
+def test_a_split_without_tiles_has_no_groups(dataset: BcsrDataset) -> None:
+    without = BcsrDataset(uri=dataset.uri, manifest=dataset.manifest | {"shards": []})
+    assert without.groups("train") == []
+
+
+def test_a_group_of_other_tiles_than_planned_is_named(dataset: BcsrDataset) -> None:
+    group = dataset.groups("train")[0]
+    wrong = TileGroup(uri=group.uri, index=0, first=0, count=group.count + 1)
+    with pytest.raises(DatasetError, match=r"part 0 holds 3 tiles, not 4; build .*--overwrite"):
+        group_tiles(wrong)
+
+
+def test_damage_is_that_of_its_group_alone(two_rows: None, dataset: BcsrDataset) -> None:
+    path = first_shard(dataset)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\xff\x0a") + 60] ^= 1  # the first tile's codestream
+    path.write_bytes(bytes(content))
+    first, second, *_ = dataset.groups("train")
+    with pytest.raises(DatasetError, match=f"{path.name} is damaged"):
+        group_tiles(first)
+    assert len(group_tiles(second)) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no parquet at all"])
+def test_a_group_of_a_damaged_shard_is_named(dataset: BcsrDataset, content: bytes) -> None:
+    path = first_shard(dataset)
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=f"{path.name} is damaged"):
+        group_tiles(dataset.groups("train")[0])
+
+
+def test_a_group_of_a_missing_shard_is_named(dataset: BcsrDataset) -> None:
+    first_shard(dataset).unlink()
+    with pytest.raises(MissingObjectError, match=first_shard(dataset).name):
+        group_tiles(dataset.groups("train")[0])
+
+
+def test_tables_and_groups_of_an_object_store_read_their_part_alone(
+    dataset: BcsrDataset, stub_s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carn.bcsr.shards.ROWS_PER_GROUP", 1)
+    monkeypatch.setattr("carn.bcsr.dataset.ROWS_PER_GROUP", 1)
+    noise = np.random.default_rng(1).integers(0, 256, (3, 1000, 1000, 3), dtype=np.uint8)
+    images = [encode(pixels, "png") for pixels in noise]
+    rows = [row | {"encoding": "png"} for row in dataset.table("train").to_pylist()[:3]]
+    content = shard_bytes(rows, images)
+    assert len(content) > 9_000_000
+    stub_s3.objects["b/set/tiles/shard.parquet"] = content
+    shard = {"name": "shard.parquet", "split": "train", "num_tiles": 3}
+    remote = BcsrDataset(uri="s3://b/set", manifest={"shards": [shard]})
+    assert remote.table("train").drop_columns(["encoding"]).to_pylist() == [
+        {name: value for name, value in row.items() if name != "encoding"} for row in rows
+    ]
+    for_table = stub_s3.body_bytes
+    assert for_table < 300_000
+    (tile,) = group_tiles(remote.groups("train")[1])
+    np.testing.assert_array_equal(tile, noise[1])
+    assert len(images[1]) <= stub_s3.body_bytes - for_table < 1.2 * len(images[1])
 
 
 # --------------------------------------------------------------------------------------- damage
@@ -128,8 +227,6 @@ def test_a_flipped_bit_of_a_tile_is_found(dataset: BcsrDataset) -> None:
 
 
 def test_a_damaged_tile_in_a_sound_shard_is_named(dataset: BcsrDataset) -> None:
-    from carn.bcsr.shards import shard_bytes
-
     path = first_shard(dataset)
     rows = dataset.table("train").to_pylist()[:2]
     content = shard_bytes(rows, [b"no image", b"none either"])
