@@ -87,9 +87,20 @@ MEAN = (0.1, 0.2, 0.3)
             (
                 TrainConfig,
                 {"network": NetworkConfig(model=model), "loss": LossConfig(loss="l1")},
-                f"model='{model}' is trained by .*; leave loss='l1' out",
+                f"model='{model}' is trained by .*; leave loss, alpha, beta and gamma out",
             )
             for model in ("srcnn", "srgan", "swdnet")
+        ),
+        (
+            TrainConfig,
+            {"network": NetworkConfig(model="srgan"), "loss": LossConfig(gamma=0.0)},
+            "leave loss, alpha, beta and gamma out",
+        ),
+        (NetworkConfig, {"model": "rdn", "mean": "div2k"}, "model='rdn' takes no mean away"),
+        (
+            TrainConfig,
+            {"network": NetworkConfig(model="swdnet"), "steps": 9, "swdnet_stage_steps": 9},
+            "swdnet_stage_steps=9 leave nothing of steps=9 to the second stage",
         ),
         (EngineConfig, {"num_threads": 0}, "num_threads=0 must be at least 1"),
         (EngineConfig, {"log_every": 0}, "log_every=0 must"),
@@ -132,6 +143,23 @@ def test_what_is_resolved_is_settled(model: ModelName) -> None:
     if not has_own:
         chosen = dataclasses.replace(config, loss=LossConfig(loss="mse"))
         assert resolve(chosen).loss.loss == "mse"
+
+
+@pytest.mark.parametrize(("steps", "stage_steps"), [(10, 5), (7, 3), (1, 0)])
+def test_half_of_the_updates_are_swdnet_s_first_stage(steps: int, stage_steps: int) -> None:
+    assert resolve(tiny_config("swdnet", steps=steps)).swdnet_stage_steps == stage_steps
+    assert resolve(tiny_config("carn", steps=steps)).swdnet_stage_steps is None
+    chosen = resolve(tiny_config("swdnet", steps=10, swdnet_stage_steps=0))
+    assert chosen.swdnet_stage_steps == 0
+
+
+def test_patches_have_room_for_ssim_s_window() -> None:
+    small = {"patch_px": 10}
+    with pytest.raises(ValueError, match="patch_px=10 is smaller than SSIM's window of 11 px"):
+        resolve(tiny_config("carn", patches=small))
+    assert resolve(tiny_config("edsr", patches=small)).patches.patch_px == 10
+    without = tiny_config("carn", patches=small, loss=LossConfig(gamma=0.0))
+    assert resolve(without).loss.loss == "combined"
 
 
 def test_the_weights_of_the_loss_stay_when_it_is_resolved() -> None:

@@ -76,7 +76,7 @@ def test_a_network_is_compiled_in_place_where_it_should(
 ) -> None:
     # In place, or its weights would have other names. The compiler itself takes seconds to load.
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", compiled.append)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))  # noqa: PLW0108
     network = nn.Conv2d(3, 4, 3)
     prepare(network, EngineConfig(compile=is_on))
     assert compiled == ([network] if is_on else [])

@@ -114,6 +114,20 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(
         assert contents[0] == contents[1]
 
 
+def test_what_is_drawn_while_training_goes_on_where_it_was(
+    both: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As dropout would: no network here draws anything, but one may."""
+    original = PixelObjective.forward
+
+    def forward(self: PixelObjective, lr: torch.Tensor, hr: torch.Tensor) -> Any:
+        return original(self, lr + 0.1 * torch.rand_like(lr), hr)
+
+    monkeypatch.setattr(PixelObjective, "forward", forward)
+    unbroken, broken = both(tiny_config(steps=7), 5)
+    assert last_hashes(broken) == last_hashes(unbroken)
+
+
 def test_a_killed_stream_ends_where_an_unbroken_one_does(
     both: Callable[..., tuple[str, str]],
 ) -> None:
@@ -219,6 +233,7 @@ def test_a_finished_run_returns_at_once(
     monkeypatch.setattr(PixelObjective, "forward", None)
     assert run(tiny_config(), dataset_uri, output, on_event=listener) == first
     assert [event["kind"] for event in events] == ["begin"]
+    assert events[0]["best_psnr"] == first.psnr
     assert (last_hashes(output), read_metrics(output)) == before
 
 
@@ -355,6 +370,19 @@ def test_a_learning_rate_beyond_reason_diverges(dataset_uri: str, output: str) -
     assert caught.value.step == 2
 
 
+@pytest.mark.parametrize("optimizer", [{}, {"ema_decay": 0.5}])
+def test_weights_that_are_no_numbers_are_not_kept(
+    dataset_uri: str, output: str, optimizer: dict[str, float]
+) -> None:
+    # The first loss is a number; a step that float32 cannot hold follows.
+    config = tiny_config(optimizer={"learning_rate": 1e39} | optimizer)
+    engine = tiny_engine(checkpoint_every=1)
+    with pytest.raises(DivergedError) as caught:
+        run(config, dataset_uri, output, engine=engine)
+    assert (caught.value.step, caught.value.checkpoint) == (1, None)
+    assert RunFolder(uri=output, keep_checkpoints=1).steps() == []
+
+
 # --------------------------------------------------------------------------- every network learns
 
 
@@ -403,7 +431,8 @@ def test_a_network_learns_a_few_patches_by_heart(tmp_path: Path, output: str) ->
     assert l1[-1] < 0.25 * l1[0]
     assert l1[-1] < 10  # grey levels
     assert (result.psnr, result.bicubic_psnr, result.best_step) == (None, None, None)
-    assert not Path(output, "best.json").exists()
+    # Where nothing is validated, the last one stands for the best.
+    assert read_checkpoint(output).step == 300
 
 
 # --------------------------------------------------------------------------- what is kept and said
@@ -480,6 +509,9 @@ def test_events_and_reports_in_their_order(dataset_uri: str, output: str) -> Non
     ]
     assert all(event["steps"] == 4 and event["num_workers"] == 1 for event in events)
     assert events[0]["bicubic_psnr"] == result.bicubic_psnr
+    seconds = [event["elapsed_s"] for event in events]
+    assert 0 <= seconds[0] <= seconds[-1]
+    assert seconds == sorted(seconds)
     assert [report["step"] for report in reports] == [2, 3, 4]
     assert "validation_psnr" not in reports[0]
     assert reports[2]["validation_psnr"] > 0

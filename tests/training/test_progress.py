@@ -31,7 +31,7 @@ def begin(step: int = 0, **numbers: Any) -> dict[str, Any]:
 
 def update(step: int, **numbers: Any) -> dict[str, Any]:
     facts = {"loss": 12.34567, "learning_rate": 1e-4, "images_per_s": 41.6}
-    return event("step", step, **facts | numbers)
+    return event("step", step, **facts | {"elapsed_s": 20.0 * step} | numbers)
 
 
 def validation(step: int, psnr: float) -> dict[str, Any]:
@@ -61,10 +61,10 @@ def test_lines_of_a_log(clock: list[float], lines: Any) -> None:
     assert view.result is None
     view(begin())
     clock[0] += 20
-    view(update(1, l1=2.5, ssim=0.75))
+    view(update(1, l1=2.5, ssim=0.75, elapsed_s=20.0))
     view(validation(1, 30.25))
     clock[0] += 20
-    view(update(2))
+    view(update(2, elapsed_s=40.0))
     view(validation(2, 29.75))
     view(event("checkpoint", 2))
     view.close()
@@ -83,7 +83,7 @@ def test_lines_keep_their_distance_but_the_last_one_comes(clock: list[float], li
     view(begin())
     for step in (1, 2, 3, 4):
         clock[0] += 1
-        view(update(step))
+        view(update(step, elapsed_s=float(step)))
     found = [line.split(":")[0] for line in lines()[1:]]
     assert found == ["update 1 of 4", "update 4 of 4"]
 
@@ -94,7 +94,7 @@ def test_the_time_left_counts_from_where_the_run_is_taken_up(
     view = ProgressView(is_terminal=False)
     view(begin(2, num_workers=3))
     clock[0] += 30
-    view(update(3))
+    view(update(3, elapsed_s=30.0))
     assert lines()[0] == "training from update 2 to 4 on 3 workers; bicubic 30.00 dB"
     assert lines()[1].endswith("00:30 left")
 

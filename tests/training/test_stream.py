@@ -169,6 +169,23 @@ def test_a_damaged_part_is_named(dataset_uri: str, tmp_path: Path) -> None:
         batches(dataset.uri, "stream")
 
 
+def swapped(function: Callable[..., Any], units: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    first, second, *others = map_plainly(function, units)
+    yield from [second, first, *others]
+
+
+def without_one(function: Callable[..., Any], units: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    yield from list(map_plainly(function, units))[:-1]
+
+
+@pytest.mark.parametrize("map_units", [swapped, without_one])
+def test_windows_that_are_missing_or_out_of_order_are_not_trained_on(
+    dataset_uri: str, map_units: Any
+) -> None:
+    with pytest.raises(DatasetError, match=r"the patches of Window\(slot=\d.*were not read"):
+        batches(dataset_uri, "stream", map_units=map_units)
+
+
 def test_threads_keep_order_and_read_ahead_no_further_than_told() -> None:
     asked: list[int] = []
 
