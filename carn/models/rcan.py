@@ -6,7 +6,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from carn.models.checks import check_counts, check_pixels, check_reduction, check_scale
-from carn.models.layers import BCSR_MEAN, PixelScaling, Upsampler, conv3x3, upsampler_reach_px
+from carn.models.layers import (
+    BCSR_MEAN,
+    GlobalMean,
+    PixelScaling,
+    Upsampler,
+    conv3x3,
+    upsampler_reach_px,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class ChannelAttention(nn.Module):
         super().__init__()
         squeezed = channels // reduction
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
+            GlobalMean(),
             nn.Conv2d(channels, squeezed, 1),
             nn.ReLU(inplace=True),
             nn.Conv2d(squeezed, channels, 1),

@@ -435,6 +435,23 @@ def test_a_network_learns_a_few_patches_by_heart(tmp_path: Path, output: str) ->
     assert read_checkpoint(output).step == 300
 
 
+@pytest.mark.parametrize(("stage_steps", "changes_after"), [(1, 1), (None, 2), (0, 0)])
+def test_swdnet_changes_its_objective_on_its_way(
+    dataset_uri: str, output: str, stage_steps: int | None, changes_after: int
+) -> None:
+    config = tiny_config(
+        "swdnet",
+        steps=4,
+        swdnet_stage_steps=stage_steps,
+        patches={"batch_size": 2},
+        validation={"max_validation_tiles": 1},
+    )
+    run(config, dataset_uri, output)
+    # The first stage looks at the spatial network alone.
+    second = [row["step"] for row in read_metrics(output) if "wavelet" in row]
+    assert second == list(range(changes_after + 1, 5))
+
+
 # --------------------------------------------------------------------------- what is kept and said
 
 
