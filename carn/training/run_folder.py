@@ -39,7 +39,7 @@ CHECKPOINTS = "checkpoints"
 STATE = "training.safetensors"
 # What a run owns below its output; nothing else is ever removed.
 OWN_FILES = (CONFIG, METRICS, "best.json", "last.json", "report.html")
-OWN_FOLDERS = (CHECKPOINTS, "tensorboard", "_ray")
+OWN_FOLDERS = (CHECKPOINTS, "tensorboard")
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 

@@ -26,7 +26,7 @@ from carn.training.engine import EngineConfig
 from carn.training.loop import train
 from jobs import train as job_module
 from jobs.ray_stage import ClusterError
-from jobs.train import TrainJob, WorkersConfig, cli, ray_storage, scaling_config
+from jobs.train import TrainJob, WorkersConfig, cli, scaling_config
 from tests.jobs.train_lab import TINY, metrics_rows, weights_distance, weights_hash, write_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
@@ -371,16 +371,27 @@ def test_no_output_on_a_cluster(
 # ---------------------------------------------------------------------------- workers and CPUs
 
 
+def _pretend(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[float, float]) -> None:
+    """A cluster of nodes of so many CPUs and GPUs."""
+    listed = [
+        {"Alive": True, "Resources": {"CPU": cpus} | ({"GPU": gpus} if gpus else {})}
+        for cpus, gpus in nodes
+    ]
+    dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*listed, dead])
+
+
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ray.train.ScalingConfig]:
     """The workers of a job on a made-up cluster."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def of(
-        cpus: float = 8, gpus: float = 0, *, engine: EngineConfig | None = None, **workers: object
+        *nodes: tuple[float, float],
+        engine: EngineConfig | None = None,
+        **workers: object,
     ) -> ray.train.ScalingConfig:
-        resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+        _pretend(monkeypatch, *nodes)
         order = "windowed" if engine and engine.data == "stream" else "shuffled"
         job = TrainJob(
             dataset="/d",
@@ -395,29 +406,40 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ray.train.ScalingC
 
 
 def test_workers_follow_the_cluster(scaling: Callable[..., ray.train.ScalingConfig]) -> None:
-    on_cpus = scaling(8)
+    on_cpus = scaling((8, 0))
     assert (on_cpus.num_workers, on_cpus.use_gpu) == (1, False)
     assert on_cpus.resources_per_worker == {"CPU": 8}
-    on_gpus = scaling(32, 4)
+    on_gpus = scaling((32, 4))
     assert (on_gpus.num_workers, on_gpus.use_gpu) == ((1, 4), True)
     assert on_gpus.resources_per_worker == {"CPU": 8, "GPU": 1}
     # No worker without a sample, and none of a GPU that is not wanted.
-    assert scaling(64, 32).num_workers == (1, 16)
-    assert not scaling(32, 4, engine=EngineConfig(device="cpu")).use_gpu
-    assert scaling(32, 4, num_workers=3, min_workers=3).num_workers == 3
-    assert scaling(8, num_workers=2, cpus_per_worker=0.5).resources_per_worker == {"CPU": 0.5}
+    assert scaling((64, 32)).num_workers == (1, 16)
+    assert not scaling((32, 4), engine=EngineConfig(device="cpu")).use_gpu
+    assert scaling((32, 4), num_workers=3, min_workers=3).num_workers == 3
+    assert scaling((8, 0), num_workers=2, cpus_per_worker=0.5).resources_per_worker == {"CPU": 0.5}
+
+
+def test_a_worker_fits_its_node(scaling: Callable[..., ray.train.ScalingConfig]) -> None:
+    assert scaling((4, 0), (4, 0)).resources_per_worker == {"CPU": 4}
+    assert scaling((4, 0), (4, 0), num_workers=3).resources_per_worker == {"CPU": 2}
+    # A head without a GPU lends its CPUs to nobody who needs one.
+    on_gpus = scaling((8, 0), (4, 1), (4, 1))
+    assert (on_gpus.num_workers, on_gpus.resources_per_worker) == ((1, 2), {"CPU": 4, "GPU": 1})
 
 
 def test_a_stream_leaves_a_cpu_to_those_who_read_it(
     scaling: Callable[..., ray.train.ScalingConfig],
 ) -> None:
     stream = EngineConfig(data="stream")
-    assert scaling(8, engine=stream).resources_per_worker == {"CPU": 7}
-    assert scaling(8, engine=stream, num_workers=2).resources_per_worker == {"CPU": 3}
+    assert scaling((8, 0), engine=stream).resources_per_worker == {"CPU": 7}
+    assert scaling((8, 0), engine=stream, num_workers=2).resources_per_worker == {"CPU": 3}
+    # On every node: the others may be lost.
+    on_two = scaling((2, 0), (2, 0), engine=stream, num_workers=2)
+    assert on_two.resources_per_worker == {"CPU": 1}
     # Workers that hold every CPU would wait for ever for tiles that nobody can read.
     for cpus, wanted in ((2, {"num_workers": 2}), (1, {}), (4, {"cpus_per_worker": 4})):
         with pytest.raises(ClusterError, match="stream"):
-            scaling(cpus, engine=stream, **wanted)
+            scaling((cpus, 0), engine=stream, **wanted)
 
 
 @pytest.mark.parametrize(
@@ -425,8 +447,8 @@ def test_a_stream_leaves_a_cpu_to_those_who_read_it(
     [
         ((8, 0), EngineConfig(device="cuda"), {}, "cluster has none; use --device cpu"),
         ((8, 2), EngineConfig(), {"num_workers": 3}, "3 workers need a GPU each.* has 2"),
-        ((2, 0), EngineConfig(), {"num_workers": 3}, "3 workers of 1 CPUs .* cluster's 2"),
-        ((2, 0), EngineConfig(), {"cpus_per_worker": 3}, "1 workers of 3 CPUs .* cluster's 2"),
+        ((2, 0), EngineConfig(), {"num_workers": 3}, "3 workers of 1 CPUs .* nodes have 2 CPUs"),
+        ((2, 0), EngineConfig(), {"cpus_per_worker": 3}, "1 workers of 3 CPUs .* have 2 CPUs"),
     ],
 )
 def test_workers_that_the_cluster_cannot_hold(
@@ -437,7 +459,19 @@ def test_workers_that_the_cluster_cannot_hold(
     expected: str,
 ) -> None:
     with pytest.raises(ClusterError, match=expected):
-        scaling(*cluster, engine=engine, **workers)
+        scaling(cluster, engine=engine, **workers)
+
+
+def test_batches_are_normalized_by_one_worker_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, (8, 0))
+    job = TrainJob(
+        dataset="/d",
+        output="/o",
+        train=TrainConfig(network=NetworkConfig(model="srgan")),
+        workers=WorkersConfig(num_workers=2),
+    )
+    with pytest.raises(ClusterError, match="--num-workers 1"):
+        scaling_config(job)
 
 
 def test_a_gpu_that_is_not_there_is_said_in_one_line(
@@ -448,14 +482,6 @@ def test_a_gpu_that_is_not_there_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys,
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    _pretend(monkeypatch, (2, 0))
     assert run_cli(*_arguments(dataset, tmp_path, "--device", "cuda")) == 2
     assert "--device cpu" in _line(capsys.readouterr().err)
-
-
-def test_rays_own_files_go_below_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ray_storage("/runs/one") == {"storage_path": "/runs/one/_ray"}
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
-    place = ray_storage("s3://lab/runs/one")
-    assert place["storage_path"] == "lab/runs/one/_ray"
-    assert place["storage_filesystem"].type_name == "s3"
