@@ -375,7 +375,7 @@ def read_settings(uri: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(storage.read_bytes(storage.normalize(uri)))
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {uri} is not YAML: {error}") from error
+        raise ValueError(f"--config {uri} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {uri} must hold settings by name, as `steps: 1000`")
     return content

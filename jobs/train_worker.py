@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -153,23 +154,19 @@ def map_with_ray_data(
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
-        return function({name: int(value) for name, value in row.items()})
+        try:
+            found: Any = function({name: int(value) for name, value in row.items()})
+        except CarnError as error:
+            found = error  # Ray hands on what a task raises as text only
+        return {"found": pickle.dumps(found)}
 
     num_tasks = -(-len(listed) // WINDOWS_PER_TASK)
     dataset = ray.data.from_items(listed, override_num_blocks=num_tasks).map(read)
-    try:
-        yield from dataset.iter_rows()
-    except Exception as error:  # Ray wraps what a task raised in errors of its own
-        for cause in _causes(error):
-            if isinstance(cause, CarnError):
-                raise cause from None
-        raise
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = getattr(error, "cause", None) or error.__cause__
+    for row in dataset.iter_rows():
+        found = pickle.loads(row["found"])
+        if isinstance(found, CarnError):
+            raise found
+        yield found
 
 
 # ------------------------------------------------------------------------------------------ network

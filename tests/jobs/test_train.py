@@ -26,7 +26,7 @@ from carn.training.engine import EngineConfig
 from carn.training.loop import train
 from jobs import train as job_module
 from jobs.ray_stage import ClusterError
-from jobs.train import TrainJob, WorkersConfig, cli, scaling_config
+from jobs.train import TrainJob, WorkersConfig, cli, parse, scaling_config
 from tests.jobs.train_lab import TINY, metrics_rows, weights_distance, weights_hash, write_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
@@ -220,7 +220,79 @@ def test_streamed_from_and_to_an_object_store(
     assert not [key for key in keys if key.startswith("_ray/")]
 
 
+def test_a_stream_does_not_go_on_without_a_part_of_it(
+    ray_here: None, tmp_path: Path, run_cli: Callable[..., int], capfd
+) -> None:
+    uri = write_dataset(tmp_path / "bcsr", num_tiles=(40, 2, 0))
+    (shard,) = (tmp_path / "bcsr" / "tiles").glob("train-*")
+    content = bytearray(shard.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    shard.write_bytes(content)
+    windowed = ("--order", "windowed", "--samples-per-tile", "2", "--data", "stream")
+    assert run_cli(*_arguments(uri, tmp_path / "run", *windowed, "--num-workers", "1")) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("train: ")
+    assert "is damaged" in last
+    assert shard.name in last
+
+
+def test_a_cache_that_is_too_small_is_said_with_a_way_out(
+    dataset: str,
+    tmp_path: Path,
+    run_cli: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd,
+) -> None:
+    # In this process: workers took their environment from the Ray that started them.
+    def small(job: TrainJob, *_: object) -> None:
+        monkeypatch.setenv("CARN_CACHE_GB", "0.00001")
+        monkeypatch.setenv("CARN_CACHE_DIR", str(tmp_path / "cache"))
+        train(job.train, dataset_uri=job.dataset, output=job.output_uri, engine=job.engine)
+
+    monkeypatch.setattr(job_module, "run_on_ray", small)
+    assert run_cli(*_arguments(dataset, tmp_path / "run")) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "CARN_CACHE_GB" in last
+    assert "--data stream --order windowed" in last
+
+
+# ------------------------------------------------------------------------------ what is asked for
+
+
+def test_options_go_before_a_file_and_a_file_before_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    path = tmp_path / "best.yaml"
+    path.write_text("network: {model: edsr}\nlearning_rate: 1e-3\nbatch_size: 4\n")
+    job = parse(["--dataset", "/d", "--recipe", "own", "--config", str(path), "--batch-size", "8"])
+    assert job.train.network.model == "edsr"
+    assert job.train.patches.patch_px == 96
+    assert job.train.optimizer.learning_rate == 1e-3
+    assert job.train.patches.batch_size == 8
+    assert job.output_uri.endswith("runs/edsr-x2-seed1")
+
+
 # ------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("blocks: 4", "'blocks' is no setting of training"),
+        ("steps: [", "is not YAML"),
+        ("- steps", "must hold settings by name"),
+        ("steps: soon", "steps='soon' is not of type int"),
+        ("alpha: -1", "alpha=-1.0 must be"),
+    ],
+)
+def test_a_file_of_other_things(
+    refused: Callable[..., str], dataset: str, tmp_path: Path, content: str, expected: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    more = ("--config", tmp_path / "bad.yaml")
+    assert expected in refused(*_arguments(dataset, tmp_path / "run", *more))
 
 
 def _line(said: str) -> str:
