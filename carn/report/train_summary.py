@@ -50,10 +50,10 @@ def write_report(run_uri: str) -> str:
     if facts is None:
         raise RunError(f"{run_uri} holds no training run: {CONFIG} is missing")
     rows = read_metrics(run_uri)
-    if not storage.is_file(storage.join(run_uri, "last.json")):
+    best = storage.join(run_uri, "best.json")
+    if not storage.is_file(best):
         raise RunError(f"{run_uri} has no checkpoint yet; there is nothing to show")
-    name = "best" if storage.is_file(storage.join(run_uri, "best.json")) else "last"
-    checkpoint = read_checkpoint(storage.join(run_uri, f"{name}.json"))
+    checkpoint = read_checkpoint(best)
     report = _report(run_uri, facts, rows, checkpoint)
     uri = storage.join(run_uri, REPORT)
     storage.write_bytes(uri, render(report).encode())
