@@ -75,7 +75,8 @@ class Sampler:
         patch_px: side of a patch in HR px.
         batch_size: samples of a step, over all workers.
         seed: of everything that is drawn.
-        augment: flip in x, flip in y and transpose, each with probability 1/2 (paper.md, 2).
+        augment: flip in x, flip in y and transpose, each with probability 1/2, as the code released
+            with the CARN paper does.
         order: see the module.
         groups: with `windowed`, tiles of each group as (first, count), in the tiles' order.
         samples_per_tile: with `windowed`, patches of a tile in one window.

@@ -77,13 +77,8 @@ def load_tiles(dataset: BcsrDataset, *, split: str, scale: int) -> TileStore:
 
 def dataset_digest(dataset: BcsrDataset) -> str:
     """A hash of what the dataset holds: its shards' names hold those of their content."""
-    shards = json.dumps([[shard["name"], shard["num_tiles"]] for shard in _shards(dataset)])
-    return hashlib.sha256(shards.encode()).hexdigest()[:32]
-
-
-def _shards(dataset: BcsrDataset) -> list[dict[str, Any]]:
-    shards: list[dict[str, Any]] = dataset.manifest["shards"]
-    return shards
+    shards = [[shard["name"], shard["num_tiles"]] for shard in dataset.manifest["shards"]]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:32]
 
 
 def _cache_key(dataset: BcsrDataset, *, split: str, scale: int) -> str:
@@ -104,16 +99,17 @@ def _fill(folder: Path, dataset: BcsrDataset, *, split: str, scale: int, num_byt
             for job in waiting:
                 yield job.result()
 
-    with (folder / "hr.u8").open("wb") as hr_file, (folder / "lr.u8").open("wb") as lr_file:
-        for lr, hr in pairs():
-            try:
+    try:
+        with (folder / "hr.u8").open("wb") as hr_file, (folder / "lr.u8").open("wb") as lr_file:
+            for lr, hr in pairs():
                 hr_file.write(hr.tobytes())
                 lr_file.write(lr.tobytes())
-            except OSError as error:
-                reason = f"cannot be decoded into {folder} ({error.strerror})"
-                raise CacheError(dataset.uri, reason) from error
-        if lr_file.tell() != num_bytes or hr_file.tell() != num_bytes * scale**2:
-            raise DatasetError(f"{dataset.uri}: the {split} shards do not hold what they list")
+            sizes = lr_file.tell(), hr_file.tell()
+    except OSError as error:  # a full disk may only be noticed when the files are closed
+        reason = f"cannot be decoded into {folder} ({error.strerror})"
+        raise CacheError(dataset.uri, reason) from error
+    if sizes != (num_bytes, num_bytes * scale**2):
+        raise DatasetError(f"{dataset.uri}: the {split} shards do not hold what they list")
 
 
 def _degraded(pixels: Rgb, scale: int) -> tuple[Rgb, Rgb]:
