@@ -40,6 +40,25 @@ class CacheError(StorageError):
     """The node's cache cannot hold what it was to hold."""
 
 
+class UploadGoneError(StorageError):
+    """An object written in parts is no longer (or not yet) under way: completed, or aborted."""
+
+
+class StalePartError(StorageError):
+    """Parts of an upload are missing, or are not those that were to be joined.
+
+    Attributes:
+        numbers: of these parts.
+    """
+
+    def __init__(self, uri: str, numbers: tuple[int, ...]) -> None:
+        shown = ", ".join(f"{number}" for number in numbers[:20])
+        more = f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else ""
+        super().__init__(uri, f"parts {shown}{more} are missing or were replaced; write them again")
+        self.args = (uri, numbers)
+        self.numbers = numbers
+
+
 class SlideError(CarnError):
     """A slide could not be opened or read.
 
@@ -112,4 +131,26 @@ class DivergedError(RunError):
             f"the loss of update {self.step:,} is not a finite number; {last}. Its batch was cut "
             f"from {', '.join(self.tile_ids)}. Look at these tiles, or lower --learning-rate, set "
             "--gradient-clip, or choose another --loss"
+        )
+
+
+class UnfinishedError(CarnError):
+    """A slide cannot be finished before some of its blocks are written, or written again.
+
+    Attributes:
+        uri: the slide.
+        blocks: their indexes.
+    """
+
+    def __init__(self, uri: str, blocks: tuple[int, ...]) -> None:
+        super().__init__(uri, blocks)
+        self.uri = uri
+        self.blocks = blocks
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{block}" for block in self.blocks[:20])
+        more = f" and {len(self.blocks) - 20:,} more" if len(self.blocks) > 20 else ""
+        return (
+            f"{self.uri} cannot be finished: blocks {shown}{more} are missing or not what was "
+            "recorded; write them, then finish again"
         )

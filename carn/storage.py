@@ -2,37 +2,45 @@
 
 Reads go by byte range, writes are atomic: a reader sees the old content or the new one, whole.
 
-S3 is configured by the standard AWS variables (AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3, AWS_REGION,
-AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). Without any credentials, or with AWS_NO_SIGN_REQUEST=true,
-requests go unsigned, as public buckets want them. Only this module imports boto3.
+How an object store is found and what it retries stands in `carn.s3`.
 """
 
+import errno
 import functools
 import hashlib
 import os
+import random
 import tempfile
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 from urllib.parse import unquote, urlparse
 
 from carn.errors import AccessDeniedError, MissingObjectError, StorageError, UriError
+from carn.s3 import (
+    MAX_CONCURRENT_REQUESTS,
+    error_code,
+    get_body,
+    s3_client,
+    s3_errors,
+    split_object,
+    split_s3,
+)
 
 # Two ranges of an object closer than this become one request: the bytes between cost less than
 # another round trip. Small against a JPEG tile (tens of KB), so the excess stays a few percent.
 COALESCE_GAP_BYTES = 8 * 1024
-# Requests of one process under way at once. S3 serves single ranges at 50-100 MB/s, so a few
-# parallel ones fill a node's network.
-MAX_CONCURRENT_REQUESTS = 16
-# Times a GET is sent when its connection breaks under the body.
-GET_ATTEMPTS = 4
 # How much of a local file's head and tail its fingerprint covers: hashing a 3 GB slide whole would
 # cost more than reading the tiles wanted of it.
 FINGERPRINT_BYTES = 64 * 1024
+
+# Times a conditional write is sent while others of the same name are under way.
+CREATE_ATTEMPTS = 10
 
 # Ends the hidden name of a file that is being written.
 UNFINISHED_SUFFIX = ".carn-part"
@@ -86,7 +94,7 @@ def normalize(uri: str | Path) -> str:
     """
     uri = str(uri)
     if is_s3(uri):
-        if not _split_s3(uri)[0]:
+        if not split_s3(uri)[0]:
             raise UriError(f"{uri!r} names no bucket; write s3://bucket/prefix")
         return uri
     if uri.startswith("s3:"):
@@ -114,18 +122,6 @@ def stem_of(uri: str) -> str:
     return Path(name_of(uri)).stem
 
 
-def _split_s3(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
-def _split_object(uri: str) -> tuple[str, str]:
-    bucket, key = _split_s3(uri)
-    if not key:
-        raise MissingObjectError(uri, "names a bucket, not an object in it")
-    return bucket, key
-
-
 # -------------------------------------------------------------------------------------- reading
 
 
@@ -138,11 +134,11 @@ def stat(uri: str) -> ObjectStat:
         StorageError: it is a directory, or storage does not answer.
     """
     if is_s3(uri):
-        bucket, key = _split_object(uri)
-        with _s3_errors(uri):
-            head = _s3_client().head_object(Bucket=bucket, Key=key)
+        bucket, key = split_object(uri)
+        with s3_errors(uri):
+            head = s3_client().head_object(Bucket=bucket, Key=key)
         return ObjectStat(uri=uri, size=head["ContentLength"], etag=head["ETag"].strip('"'))
-    with _local_errors(uri):
+    with local_errors(uri):
         path = Path(uri)
         if path.is_dir():
             raise StorageError(uri, "is a directory; name a file in it")
@@ -166,10 +162,14 @@ def identity(uri: str) -> str:
     The fingerprint is a SHA-256 over size, first and last 64 KiB: equal on copies, cheap on slides
     of gigabytes, and changed by truncation or replacement (though not by a byte altered amid).
     """
-    found = stat(uri)
+    return identity_of(stat(uri))
+
+
+def identity_of(found: ObjectStat) -> str:
+    """What `identity` says, of something that has been listed: an object costs no request."""
     if found.etag is not None:
         return f"etag:{found.etag}:{found.size}"
-    with _local_errors(uri), Path(uri).open("rb") as file:
+    with local_errors(found.uri), Path(found.uri).open("rb") as file:
         digest = hashlib.sha256(str(found.size).encode())
         digest.update(file.read(FINGERPRINT_BYTES))
         if found.size > FINGERPRINT_BYTES:
@@ -198,24 +198,13 @@ def list_objects(uri: str) -> list[ObjectStat]:
         AccessDeniedError, StorageError: as `stat`.
     """
     if is_s3(uri):
-        bucket, prefix = _split_s3(uri.rstrip("/") + "/")
-        with _s3_errors(uri):
-            pages = _s3_client().get_paginator("list_objects_v2")
-            found = [
-                ObjectStat(
-                    uri=f"s3://{bucket}/{item['Key']}",
-                    size=item["Size"],
-                    etag=item["ETag"].strip('"'),
-                )
-                for page in pages.paginate(Bucket=bucket, Prefix=prefix)
-                for item in page.get("Contents", [])
-                if not item["Key"].endswith("/")
-                and "/." not in "/" + item["Key"].removeprefix(prefix)
-            ]
-        return sorted(found, key=lambda item: item.uri)
+        folder = uri.rstrip("/") + "/"
+        return [
+            found for found in _list_s3(folder) if "/." not in "/" + found.uri.removeprefix(folder)
+        ]
     stats = []
-    with _local_errors(uri):
-        for folder, folders, files in os.walk(uri, followlinks=True, onerror=_raise):
+    with local_errors(uri):
+        for folder, folders, files in os.walk(uri, followlinks=True, onerror=raise_unless_missing):
             folders[:] = [
                 name
                 for name in folders
@@ -226,6 +215,44 @@ def list_objects(uri: str) -> list[ObjectStat]:
                 if not name.startswith(".") and path.exists():  # a dangling link is no file
                     stats.append(ObjectStat(uri=str(path), size=path.stat().st_size, etag=None))
     return sorted(stats, key=lambda item: item.uri)
+
+
+def list_prefix(uri: str) -> list[ObjectStat]:
+    """Every file or object whose name starts with this text, ordered by name, hidden or not.
+
+    Local folders are not descended into: `a/b.` finds `a/b.1.json`, not `a/b.d/c`.
+
+    Raises:
+        AccessDeniedError, StorageError: as `stat`.
+    """
+    if is_s3(uri):
+        return _list_s3(uri)
+    folder, _, start = uri.rpartition("/")
+    stats = []
+    with local_errors(uri), suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(start) and entry.is_file():
+                with suppress(FileNotFoundError):  # removed while we look
+                    size = entry.stat().st_size
+                    stats.append(ObjectStat(uri=entry.path, size=size, etag=None))
+    return sorted(stats, key=lambda found: found.uri)
+
+
+def _list_s3(uri: str) -> list[ObjectStat]:
+    bucket, prefix = split_s3(uri)
+    with s3_errors(uri.rstrip("/")):
+        pages = s3_client().get_paginator("list_objects_v2")
+        found = [
+            ObjectStat(
+                uri=f"s3://{bucket}/{item['Key']}",
+                size=item["Size"],
+                etag=item["ETag"].strip('"'),
+            )
+            for page in pages.paginate(Bucket=bucket, Prefix=prefix)
+            for item in page.get("Contents", [])
+            if not item["Key"].endswith("/")
+        ]
+    return sorted(found, key=lambda item: item.uri)
 
 
 def _leads_back(folder: Path) -> bool:
@@ -239,10 +266,10 @@ def read_bytes(uri: str) -> bytes:
         MissingObjectError, AccessDeniedError, StorageError: as `stat`.
     """
     if is_s3(uri):
-        bucket, key = _split_object(uri)
-        with _s3_errors(uri):
-            return _get_body(Bucket=bucket, Key=key)
-    with _local_errors(uri):
+        bucket, key = split_object(uri)
+        with s3_errors(uri):
+            return get_body(Bucket=bucket, Key=key)
+    with local_errors(uri):
         return Path(uri).read_bytes()
 
 
@@ -259,12 +286,12 @@ class _LocalSource:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.size = stat(uri).size
-        with _local_errors(uri):
+        with local_errors(uri):
             self._file = Path(uri).open("rb", buffering=0)  # noqa: SIM115 - closed by close()
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
         descriptor = self._file.fileno()
-        with _local_errors(self.uri):
+        with local_errors(self.uri):
             return [os.pread(descriptor, length, start) for start, length in ranges]
 
     def close(self) -> None:
@@ -277,7 +304,7 @@ class _S3Source:
         self.uri = uri
         self.size = found.size
         self._etag = found.etag
-        self._bucket, self._key = _split_s3(uri)
+        self._bucket, self._key = split_s3(uri)
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
         spans = coalesce(ranges)
@@ -298,8 +325,8 @@ class _S3Source:
         end = min(start + length, self.size)
         if start >= end:
             return b""
-        with _s3_errors(self.uri):
-            return _get_body(
+        with s3_errors(self.uri):
+            return get_body(
                 Bucket=self._bucket,
                 Key=self._key,
                 Range=f"bytes={start}-{end - 1}",
@@ -309,6 +336,11 @@ class _S3Source:
 
     def close(self) -> None:
         """Nothing is held: requests go over the shared client's connections."""
+
+
+@functools.lru_cache(maxsize=1)
+def _request_pool(_process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS, thread_name_prefix="storage")
 
 
 def coalesce(ranges: Sequence[Range], *, gap_bytes: int = COALESCE_GAP_BYTES) -> list[Range]:
@@ -329,10 +361,10 @@ def download(uri: str, path: Path) -> None:
     Raises:
         MissingObjectError, AccessDeniedError, StorageError: as `stat`, or of the local path.
     """
-    bucket, key = _split_object(uri)
-    with _local_errors(str(path)), _temporary_beside(path) as temporary:
-        with _s3_errors(uri):
-            _s3_client().download_file(bucket, key, str(temporary))
+    bucket, key = split_object(uri)
+    with local_errors(str(path)), temporary_beside(path) as temporary:
+        with s3_errors(uri):
+            s3_client().download_file(bucket, key, str(temporary))
         temporary.replace(path)
 
 
@@ -346,19 +378,78 @@ def write_bytes(uri: str, content: bytes) -> None:
         AccessDeniedError, StorageError: the location cannot be written.
     """
     if is_s3(uri):
-        bucket, key = _split_object(uri)
-        with _s3_errors(uri):
-            _s3_client().put_object(Bucket=bucket, Key=key, Body=content)
+        bucket, key = split_object(uri)
+        with s3_errors(uri):
+            s3_client().put_object(Bucket=bucket, Key=key, Body=content)
         return
     path = Path(uri)
-    with _local_errors(uri):
+    with local_errors(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary_beside(path) as temporary:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        with temporary_beside(path) as temporary:
+            write_durably(temporary, content)
             temporary.replace(path)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a local file; the disk has it on return."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def create_bytes(uri: str, content: bytes) -> bool:
+    """Write a whole file or object, atomically, only if nothing is there; whether we did.
+
+    Of any number of racers one gets True. A request whose answer was lost is known as ours by its
+    content, so racers put something unique into theirs.
+
+    Raises:
+        AccessDeniedError, StorageError: the location cannot be written.
+
+    Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
+    """
+    return _create_object(uri, content) if is_s3(uri) else _create_file(uri, content)
+
+
+def _create_object(uri: str, content: bytes) -> bool:
+    bucket, key = split_object(uri)
+    for attempt in range(1, CREATE_ATTEMPTS + 1):
+        try:
+            with s3_errors(uri):
+                s3_client().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
+            return True
+        except StorageError as error:
+            code = error_code(error)
+            if code == "PreconditionFailed":
+                break
+            # Others write it at this moment: who won shows when they are done.
+            if code != "ConditionalRequestConflict" or attempt == CREATE_ATTEMPTS:
+                raise
+            time.sleep(random.uniform(0, 0.1 * attempt))
+    try:
+        return read_bytes(uri) == content
+    except MissingObjectError:
+        return False
+
+
+def _create_file(uri: str, content: bytes) -> bool:
+    path = Path(uri)
+    with local_errors(uri):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path) as temporary:
+            write_durably(temporary, content)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                # A network file system that lost its answer says so of our own link, too.
+                return temporary.stat().st_nlink > 1
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+                    raise
+                reason = "its file system has no hard links, which make one winner of many"
+                raise StorageError(uri, f"{reason}; name a folder on another") from error
+    return True
 
 
 def delete(uris: Sequence[str]) -> None:
@@ -369,11 +460,11 @@ def delete(uris: Sequence[str]) -> None:
     """
     for uri in uris:
         if is_s3(uri):
-            bucket, key = _split_object(uri)
-            with _s3_errors(uri):
-                _s3_client().delete_object(Bucket=bucket, Key=key)
+            bucket, key = split_object(uri)
+            with s3_errors(uri):
+                s3_client().delete_object(Bucket=bucket, Key=key)
         else:
-            with _local_errors(uri):
+            with local_errors(uri):
                 Path(uri).unlink(missing_ok=True)
 
 
@@ -382,8 +473,9 @@ def delete_below(uri: str) -> None:
     delete([item.uri for item in list_objects(uri)])
     if not is_s3(uri) and Path(uri).is_dir():
         for folder, _, _ in os.walk(uri, topdown=False):
-            with suppress(OSError):  # not empty: a hidden file is not ours to remove
-                Path(folder).rmdir()
+            if "/." not in folder.removeprefix(uri):  # an upload under way may be empty yet
+                with suppress(OSError):  # not empty: a hidden file is not ours to remove
+                    Path(folder).rmdir()
 
 
 def delete_unfinished(uri: str) -> None:
@@ -396,13 +488,14 @@ def delete_unfinished(uri: str) -> None:
     """
     if is_s3(uri):
         return
-    with _local_errors(uri):
+    with local_errors(uri):
         for path in Path(uri).rglob(f".*{UNFINISHED_SUFFIX}"):
             path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A new hidden file beside `path`, to be renamed to it; removed where that did not happen."""
     # Beside the target, so that the rename stays on one file system; hidden, so that no listing
     # takes a half-written file of a killed process for a whole one.
     descriptor, name = tempfile.mkstemp(
@@ -424,108 +517,16 @@ def _umask() -> int:
     return mask
 
 
-# ------------------------------------------------------------------------------- S3 and its errors
-
-
-# A change of these (tests, notebooks) takes effect with the next request.
-_AWS_SETTINGS = (
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_NO_SIGN_REQUEST"),
-)
-
-
-def _s3_client() -> Any:
-    settings = tuple(os.environ.get(name) for name in _AWS_SETTINGS)
-    return _s3_client_for(os.getpid(), settings)
-
-
-def _get_body(**request: str) -> bytes:
-    # botocore retries until the headers are in; a connection that breaks under the body is ours.
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-
-    for attempt in range(1, GET_ATTEMPTS + 1):
-        try:
-            return cast(bytes, _s3_client().get_object(**request)["Body"].read())
-        except (HTTPClientError, IncompleteReadError):
-            if attempt == GET_ATTEMPTS:
-                raise
-    raise AssertionError("unreachable")
-
-
-@functools.lru_cache(maxsize=4)
-def _s3_client_for(_process: int, _settings: tuple[str | None, ...]) -> Any:
-    # One client per process and setting: clients are thread-safe, but do not survive a fork.
-    import boto3
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    session = boto3.session.Session(
-        region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    )
-    options: dict[str, Any] = {
-        "retries": {"mode": "standard", "max_attempts": 6},
-        "max_pool_connections": MAX_CONCURRENT_REQUESTS + 4,
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        # Checksums that some S3-compatible servers (older Ceph) refuse are sent only where
-        # the operation demands one.
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-    }
-    unsigned = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
-    if unsigned or session.get_credentials() is None:
-        options["signature_version"] = UNSIGNED
-    return session.client("s3", config=Config(**options))
-
-
-@functools.lru_cache(maxsize=1)
-def _request_pool(_process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS, thread_name_prefix="storage")
+# --------------------------------------------------------------------------------------- errors
 
 
 @contextmanager
-def _s3_errors(uri: str) -> Iterator[None]:
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        HTTPClientError,
-        ProfileNotFound,
-    )
+def local_errors(uri: str) -> Iterator[None]:
+    """Turn what the file system raises into errors that name the file.
 
-    try:
-        yield
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if code == "NoSuchBucket":
-            raise MissingObjectError(uri, "no such bucket") from error
-        if code in ("NoSuchKey", "404", "NotFound") or status == 404:
-            raise MissingObjectError(uri, "no such object") from error
-        if status in (401, 403):
-            raise AccessDeniedError(
-                uri,
-                f"access denied ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or "
-                "AWS_PROFILE; for a public bucket set AWS_NO_SIGN_REQUEST=true",
-            ) from error
-        if status == 412:
-            raise StorageError(uri, "was replaced while it was read; open it again") from error
-        raise StorageError(uri, f"the object store answered {code}: {error}") from error
-    except ProfileNotFound as error:
-        raise StorageError(uri, f"no credentials: {error}; check AWS_PROFILE") from error
-    except (Boto3Error, BotoCoreError, HTTPClientError) as error:
-        raise StorageError(
-            uri, f"the object store cannot be reached ({error}); check AWS_ENDPOINT_URL"
-        ) from error
-    except ValueError as error:
-        # What botocore raises over an endpoint that is no URL.
-        if "endpoint" not in str(error).lower():
-            raise
-        raise StorageError(uri, f"{error}; check AWS_ENDPOINT_URL") from error
-
-
-@contextmanager
-def _local_errors(uri: str) -> Iterator[None]:
+    Raises:
+        MissingObjectError, AccessDeniedError, StorageError: instead of OSError.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -538,6 +539,7 @@ def _local_errors(uri: str) -> Iterator[None]:
         raise StorageError(uri, error.strerror or str(error)) from error
 
 
-def _raise(error: OSError) -> None:
+def raise_unless_missing(error: OSError) -> None:
+    """What `os.walk` is to do with an error: a folder that is not there holds nothing."""
     if not isinstance(error, FileNotFoundError):
         raise error

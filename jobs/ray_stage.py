@@ -68,14 +68,15 @@ def progress(num_done: int, num_units: int, *, seconds: float, seconds_to_first:
         seconds_to_first: until its first task was done, which processes' starts made slow.
     """
     text = f"{num_done:,} of {num_units:,} tasks ({num_done / num_units:.0%})"
-    text += f" in {_duration(seconds)}"
+    text += f" in {duration(seconds)}"
     if 1 < num_done < num_units:
         left = (seconds - seconds_to_first) / (num_done - 1) * (num_units - num_done)
-        text += f", about {_duration(left)} left"
+        text += f", about {duration(left)} left"
     return text
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: `2 h 5 min`, `3 min 20 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -20,6 +20,8 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, settings
 
+from tests.faulty_s3 import Faults, run_proxy
+
 settings.register_profile(
     "carn",
     deadline=None,
@@ -177,11 +179,35 @@ def s3_endpoint() -> Iterator[str]:
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    mend_moto()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+def mend_moto() -> None:
+    """Give moto two traits of S3 that it lacks."""
+    from moto.s3.exceptions import NoSuchUpload
+    from moto.s3.models import S3Backend
+    from moto.s3.responses import S3Response
+
+    put_object, upload_part, lock = S3Response.put_object, S3Backend.upload_part, threading.Lock()
+
+    def put_in_one_step(response: S3Response) -> Any:
+        # moto looks whether something is there, and writes then.
+        with lock:
+            return put_object(response)
+
+    def upload_part_of_known(backend: S3Backend, bucket: str, upload: str, *rest: Any) -> Any:
+        # moto answers 500.
+        if upload not in backend.get_bucket(bucket).multiparts:
+            raise NoSuchUpload(upload_id=upload)
+        return upload_part(backend, bucket, upload, *rest)
+
+    S3Response.put_object = put_in_one_step
+    S3Backend.upload_part = upload_part_of_known
 
 
 def point_at(
@@ -237,6 +263,23 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         client.delete_object(Bucket=bucket.name, Key=key)
     client.delete_bucket(Bucket=bucket.name)
     client.close()
+
+
+@dataclass(frozen=True)
+class FaultyS3:
+    """An object store behind a proxy that does `faults` wrong. `bucket` itself goes round it."""
+
+    endpoint: str
+    bucket: Bucket
+    faults: Faults
+
+
+@pytest.fixture
+def faulty_s3(s3: Bucket, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """A fresh bucket on an object store that the environment names and that fails on demand."""
+    with run_proxy(s3_endpoint) as (endpoint, faults):
+        point_at(monkeypatch, endpoint)
+        yield FaultyS3(endpoint=endpoint, bucket=s3, faults=faults)
 
 
 @dataclass

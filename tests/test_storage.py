@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carn import s3 as s3_connection
 from carn import storage
 from carn.errors import AccessDeniedError, MissingObjectError, StorageError
 
@@ -242,7 +243,7 @@ def test_a_hidden_folder_that_is_named_is_listed(root: str) -> None:
 def test_a_listing_goes_beyond_one_page(s3: Any) -> None:
     for number in range(5):
         s3.put(f"many/{number}", b"")
-    events = storage._s3_client().meta.events
+    events = s3_connection.s3_client().meta.events
 
     def two_at_a_time(params: dict[str, Any], **_: Any) -> None:
         params["MaxKeys"] = 2
@@ -421,7 +422,7 @@ def test_a_body_that_always_breaks_off_is_one_error(stub_s3: Any, tmp_path: Path
     stub_s3.num_cuts = 1000
     with pytest.raises(StorageError, match="s3://b/k"):
         storage.read_bytes("s3://b/k")
-    assert stub_s3.count("GET") == storage.GET_ATTEMPTS
+    assert stub_s3.count("GET") == s3_connection.GET_ATTEMPTS
     with pytest.raises(StorageError, match="s3://b/k"):
         storage.download("s3://b/k", tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from carn.models.checks import check_scale
-from carn.models.layers import Upsampler, conv3x3, upsampler_reach_px
+from carn.models.layers import GlobalMean, Upsampler, conv3x3, upsampler_reach_px
 from carn.models.wavelet import haar, inverse_haar
 
 _NUM_MODULES = 2
@@ -78,7 +78,7 @@ class ChannelGate(nn.Module):
     def __init__(self, channels: int, *, activation: nn.Module, gate: nn.Module) -> None:
         super().__init__()
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
+            GlobalMean(),
             nn.Conv2d(channels, channels // 2, 1),
             activation,
             nn.Conv2d(channels // 2, channels, 1),
@@ -89,6 +89,18 @@ class ChannelGate(nn.Module):
         """The features, each channel times its gate."""
         gate: Tensor = self.gate(x)
         return x * gate
+
+
+class WeightedMean(nn.Module):
+    """Mean of each channel over all places, weighted by the softmax of their scores."""
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], *, scores: Float[Tensor, "b 1 h w"]
+    ) -> Float[Tensor, "b c 1 1"]:
+        """The means."""
+        weights = scores.flatten(1).softmax(dim=1)
+        means = torch.einsum("bcp,bp->bc", x.flatten(2), weights.to(x.dtype))
+        return means[:, :, None, None]
 
 
 class WFA(ChannelGate):
@@ -114,6 +126,7 @@ class RCF(nn.Module):
         super().__init__()
         self.excite = ChannelGate(channels, activation=nn.ReLU(inplace=True), gate=nn.Sigmoid())
         self.mask = nn.Conv2d(channels, 1, 1)
+        self.pool = WeightedMean()
         last = nn.Conv2d(channels // 2, channels, 1)
         self.context = nn.Sequential(
             nn.Conv2d(channels, channels // 2, 1), nn.ReLU(inplace=True), last
@@ -129,10 +142,9 @@ class RCF(nn.Module):
         self, stream: Float[Tensor, "b c h w"], *, bypass: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
         """The stream with what `bypass`, the other one on its grid, adds to it."""
-        weights = self.mask(stream).flatten(1).softmax(dim=1)
-        context = torch.einsum("bcp,bp->bc", bypass.flatten(2), weights.to(bypass.dtype))
+        context: Tensor = self.pool(bypass, scores=self.mask(stream))
         excited: Tensor = self.excite(stream)
-        fused: Tensor = excited + self.context(context[:, :, None, None])
+        fused: Tensor = excited + self.context(context)
         return fused
 
 

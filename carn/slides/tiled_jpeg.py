@@ -226,7 +226,7 @@ def _skip_application_markers(stream: bytes) -> int:
 
 def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]:
     try:
-        with tifffile.TiffFile(_HeaderFile(source)) as tiff:
+        with tifffile.TiffFile(HeaderFile(source)) as tiff:
             if tiff.is_scn or tiff.is_bif or tiff.is_ndpi or tiff.is_qpi:
                 # Several images, overlapping tiles or strips under a TIFF's clothes.
                 raise NotTiledJpegError("a vendor's own layout")
@@ -388,7 +388,7 @@ def _resolution_mpp(page: Any, tag: str) -> float | None:
     return plausible_mpp(um_per_unit * fraction[1] / fraction[0])
 
 
-class _HeaderFile(io.RawIOBase):
+class HeaderFile(io.RawIOBase):
     """A read-only file over a byte source for tifffile, which reads directories in small pieces.
 
     Blocks are kept: directories are short-lived, so what is kept is freed with the parse.

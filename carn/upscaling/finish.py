@@ -1,0 +1,183 @@
+"""The last step of a slide: notes beside it, the top of its pyramid, the commit."""
+
+import json
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carn import storage
+from carn.errors import DamagedTileError
+from carn.report.sr_records import (
+    ConsistencySummary,
+    DamagedPlace,
+    LowPlace,
+    PictureKind,
+    Seam,
+    SlideSummary,
+)
+from carn.report.sr_summary import crop_pair, join_seams, seam_profile
+from carn.slides.slide_output import open_output
+from carn.upscaling import consistency
+from carn.upscaling.calibration import Calibration
+from carn.upscaling.lr_view import LrView, open_view
+from carn.upscaling.outbox import mark_done, unmark
+from carn.upscaling.showing import RIM_PX, SHOWN, jpeg
+from carn.upscaling.task import SlidePlan
+from carn.upscaling.work import calibration_uri, region_of
+
+# Longer side of the picture of the LR slide in the report.
+THUMBNAIL_PX = 1024
+# Places below the threshold that are listed of one slide: the lowest ones.
+MAX_LISTED = 200
+
+
+def finish(
+    plan: SlidePlan, *, threshold_db: float, has_pictures: bool
+) -> tuple[SlideSummary, dict[str, bytes]]:
+    """Commit a slide whose blocks are all on storage; may be called again if it was killed.
+
+    Writes `<name>.consistency.png` and `<name>.json` beside the slide first, then the slide.
+
+    Args:
+        plan: the slide.
+        threshold_db: places where SR, made small again, is farther from LR are listed.
+        has_pictures: make those of the report as well.
+
+    Returns:
+        What became of it, and pictures by file name.
+
+    Raises:
+        UnfinishedError: blocks are missing or no longer what was recorded.
+        CarnError: storage or the input failed.
+    """
+    task, output = plan.task, open_output(plan.spec)
+    num_inferred_px = num_background_px = 0
+    damage: list[DamagedPlace] = []
+    shown: dict[str, Any] = {}
+    engines = set()
+    maps = []
+    for index, facts in output.block_facts():
+        region = region_of(plan, index)
+        maps.append((region.sr_box, facts["consistency"]))
+        num_inferred_px += int(facts["num_inferred_px"])
+        num_background_px += int(facts["num_background_px"])
+        damage += [DamagedPlace(**place) for place in json.loads(facts["damage"])]
+        engines.add(str(facts["engine"]))
+        shown |= {name: facts[name] for name in SHOWN if name in facts}
+    errors = consistency.join(maps, extent_sr=plan.spec.extent, scale=task.scale)
+    heat_map = consistency.heat_map_png(errors)
+    accuracy_db = Calibration.from_bytes(storage.read_bytes(calibration_uri(plan))).accuracy_db
+    with closing(open_view(task.uri, task.input, is_image=task.is_image)) as view:
+        summary = SlideSummary(
+            name=task.name,
+            uri=task.uri,
+            status="done",
+            scale=task.scale,
+            output_uri=task.output_uri,
+            lr_extent=plan.lr_extent,
+            mpp_in=plan.mpp,
+            mpp_out=plan.spec.mpp,
+            num_blocks=plan.num_blocks,
+            num_blocks_resumed=len(plan.done),
+            damage=tuple(damage),
+            engine="; ".join(sorted(engines)),
+            accuracy_db=accuracy_db,
+            consistency=_summarized(errors, view, threshold_db=threshold_db),
+            seam=_seam(shown),
+            num_inferred_px=num_inferred_px,
+            num_background_px=num_background_px,
+        )
+        pictures = _pictures(shown, task.scale) if has_pictures else {}
+        if has_pictures:
+            pictures["consistency"] = heat_map
+            with suppress(DamagedTileError):  # said of the slide already, where it matters
+                pictures["lr"] = jpeg(view.slide.thumbnail(THUMBNAIL_PX))
+        base = storage.join(task.output, task.name)
+        storage.write_bytes(f"{base}.consistency.png", heat_map)
+        storage.write_bytes(f"{base}.json", _notes(plan, summary).encode())
+        finished = output.finish(icc_profile=view.icc_profile)
+    mark_done(task, {"size": finished.size, "etag": finished.etag})
+    unmark(task)
+    if has_pictures:
+        pictures["sr"] = jpeg(finished.thumbnail)
+    names = {kind: _picture_name(plan, kind, content) for kind, content in pictures.items()}
+    summary = replace(
+        summary, size_bytes=finished.size, num_parts=finished.num_parts, pictures=names
+    )
+    return summary, {names[kind]: content for kind, content in pictures.items()}
+
+
+def _summarized(
+    errors: NDArray[np.float32], view: LrView, *, threshold_db: float
+) -> ConsistencySummary | None:
+    """The map in numbers; None where nothing was measured."""
+    decibels = consistency.to_db(errors)
+    known = decibels[~np.isnan(decibels)]
+    if not known.size:
+        return None
+    low = consistency.low_cells(
+        errors,
+        threshold_db=threshold_db,
+        extent_l0=view.slide.extent,
+        downsample=view.downsample,
+        limit=MAX_LISTED,
+    )
+    return ConsistencySummary(
+        median_db=float(np.median(known)),
+        min_db=float(known.min()),
+        share_below=float((known < threshold_db).mean()),
+        threshold_db=threshold_db,
+        low=tuple(
+            LowPlace(
+                x_l0=cell.x_l0,
+                y_l0=cell.y_l0,
+                width=cell.width,
+                height=cell.height,
+                db=cell.consistency_db,
+            )
+            for cell in low
+        ),
+        range_db=consistency.HEAT_RANGE_DB,
+    )
+
+
+def _seam(shown: Mapping[str, Any]) -> Seam | None:
+    """The steps at the border between the two blocks that were kept for it."""
+    if "rim_left" not in shown or "rim_right" not in shown:
+        return None
+    left, right = shown["rim_right"], shown["rim_left"]
+    if min(left.shape[1], right.shape[1]) < RIM_PX:
+        return None
+    both = np.concatenate([left, right], axis=1)
+    return join_seams([seam_profile(both, border_px=left.shape[1], axis=1)])
+
+
+def _pictures(shown: Mapping[str, Any], scale: int) -> dict[PictureKind, bytes]:
+    pictures: dict[PictureKind, bytes] = {}
+    if "crop_lr" in shown and "crop_sr" in shown:
+        pictures["crop"] = crop_pair(shown["crop_lr"], shown["crop_sr"], scale)
+    if "seam_left" in shown and "seam_right" in shown:
+        pictures["seam"] = jpeg(np.concatenate([shown["seam_right"], shown["seam_left"]], axis=1))
+    return pictures
+
+
+def _picture_name(plan: SlidePlan, kind: str, content: bytes) -> str:
+    suffix = "png" if content.startswith(b"\x89PNG") else "jpg"
+    return f"{quote(plan.task.name, safe='')}.{kind}.{suffix}"
+
+
+def _notes(plan: SlidePlan, summary: SlideSummary) -> str:
+    """What lies beside the slide, for people and programs that look at it."""
+    facts = json.loads(summary.to_json())
+    kept = (
+        *("lr_extent", "mpp_in", "mpp_out", "num_blocks", "num_inferred_px", "num_background_px"),
+        *("engine", "accuracy_db", "consistency", "damage"),
+    )
+    content = {"slide": storage.name_of(plan.task.output_uri), **plan.task.provenance()}
+    content |= {name: facts[name] for name in kept}
+    return json.dumps(content, indent=1) + "\n"

@@ -1,0 +1,170 @@
+"""Which slides and images there are to super-resolve, by what name, and which content they have."""
+
+import csv
+import fnmatch
+import io
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from carn import storage
+from carn.errors import CarnError, MissingObjectError
+from carn.slides.image import IMAGE_SUFFIXES
+from carn.slides.listing import SLIDE_SUFFIXES, list_slides
+
+# Files asked for their identity at once: over S3 each is a round trip of tens of milliseconds.
+NUM_IDENTITY_THREADS = 16
+GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideInput:
+    """A slide or image that was found.
+
+    Attributes:
+        uri: where it is.
+        name: its path below the folder that was searched, without suffix; what comes of it takes
+            this name below the output.
+        identity: `storage.identity`; empty where it could not be read.
+        size_bytes: of the file.
+        mpp_um: um per level-0 px as a manifest says; None where it does not.
+        is_image: a plain image rather than a slide.
+        problem: why it cannot be worked on; None where nothing is known against it.
+    """
+
+    uri: str
+    name: str
+    identity: str = ""
+    size_bytes: int = 0
+    mpp_um: float | None = None
+    is_image: bool = False
+    problem: str | None = None
+
+
+def find_inputs(slides: Sequence[str], images: Sequence[str] = ()) -> list[SlideInput]:
+    """What lies below folders and prefixes, matches globs, or stands in manifests; ordered by name.
+
+    A manifest is a .txt with a URI on each line (what follows a # is a comment), or a .csv with a
+    header: `uri`, and if wanted `mpp` (um per level-0 px) and `name`. A single file that cannot be
+    read becomes an input with a problem, and so do all but the first of those that would take the
+    same name.
+
+    Args:
+        slides: folders, prefixes, globs (`s3://lab/2026-*/*.svs`), slide files or manifests.
+        images: folders, prefixes, globs or files of plain images.
+
+    Raises:
+        MissingObjectError: a folder, glob or manifest with nothing in it.
+        CarnError: storage does not answer, or a manifest is not one.
+    """
+    found: dict[str, SlideInput] = {}
+    for root in slides:
+        for item in _below(root, is_image=False):
+            found.setdefault(item.uri, item)
+    for root in images:
+        for item in _below(root, is_image=True):
+            found.setdefault(item.uri, item)
+    with ThreadPoolExecutor(NUM_IDENTITY_THREADS) as pool:
+        known = list(pool.map(_identified, found.values()))
+    return _with_own_names(sorted(known, key=lambda item: (item.name, item.uri)))
+
+
+def _below(given: str, *, is_image: bool) -> list[SlideInput]:
+    root = storage.normalize(given)
+    if root.lower().endswith((".txt", ".csv")):
+        return _of_manifest(root, is_image=is_image)
+    if GLOB.search(root):
+        base, uris = _of_glob(root, is_image=is_image)
+    elif is_image:
+        base, uris = root, _listed_images(root)
+    else:
+        base, uris = root, list_slides([root])
+    return [SlideInput(uri=uri, name=_name(uri, base), is_image=is_image) for uri in uris]
+
+
+def _listed_images(root: str) -> list[str]:
+    if root.lower().endswith(IMAGE_SUFFIXES) and storage.is_file(root):
+        return [root]
+    found = [item.uri for item in storage.list_objects(root)]
+    images = [uri for uri in found if uri.lower().endswith(IMAGE_SUFFIXES)]
+    if not images:
+        raise MissingObjectError(root, f"no images here ({', '.join(IMAGE_SUFFIXES)})")
+    return images
+
+
+def _of_glob(pattern: str, *, is_image: bool) -> tuple[str, list[str]]:
+    """The folder before the first wildcard, and the files below it that match."""
+    position = GLOB.search(pattern)
+    assert position is not None
+    base = pattern[: position.start()].rpartition("/")[0]
+    suffixes = IMAGE_SUFFIXES if is_image else SLIDE_SUFFIXES
+    uris = [
+        item.uri
+        for item in storage.list_objects(base)
+        if fnmatch.fnmatchcase(item.uri, pattern) and item.uri.lower().endswith(suffixes)
+    ]
+    if not uris:
+        raise MissingObjectError(pattern, "matches no " + ("images" if is_image else "slides"))
+    return base, uris
+
+
+def _of_manifest(uri: str, *, is_image: bool) -> list[SlideInput]:
+    text = storage.read_bytes(uri).decode("utf-8-sig")
+    rows: Iterable[dict[str, str | None]]
+    if uri.lower().endswith(".txt"):
+        lines = (line.split("#", maxsplit=1)[0].strip() for line in text.splitlines())
+        rows = [{"uri": line} for line in lines if line]
+    else:
+        reader = csv.DictReader(io.StringIO(text))
+        columns = set(reader.fieldnames or ())
+        if "uri" not in columns or columns - {"uri", "mpp", "name"}:
+            raise CarnError(
+                f"{uri} has the columns {', '.join(sorted(columns)) or 'none'}; it needs uri, and "
+                "may have mpp (um per level-0 px) and name"
+            )
+        rows = list(reader)
+    items = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            slide = storage.normalize((row["uri"] or "").strip())
+            said = (row.get("mpp") or "").strip()
+            mpp_um = float(said) if said else None
+        except ValueError as error:
+            raise CarnError(f"{uri}, entry {number}: {error}") from error
+        name = (row.get("name") or "").strip().strip("/") or storage.stem_of(slide)
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise CarnError(f"{uri}, entry {number}: name {name!r} is no path below the output")
+        items.append(SlideInput(uri=slide, name=name, mpp_um=mpp_um, is_image=is_image))
+    if not items:
+        raise MissingObjectError(uri, "names no slides")
+    return items
+
+
+def _name(uri: str, base: str) -> str:
+    base = base.rstrip("/")
+    below = uri.removeprefix(base + "/") if uri != base else storage.name_of(uri)
+    folder, _, file = below.rpartition("/")
+    stem = storage.stem_of(file)
+    return f"{folder}/{stem}" if folder else stem
+
+
+def _identified(item: SlideInput) -> SlideInput:
+    try:
+        size = storage.stat(item.uri).size
+        return replace(item, identity=storage.identity(item.uri), size_bytes=size)
+    except CarnError as error:
+        return replace(item, problem=str(error))
+
+
+def _with_own_names(items: list[SlideInput]) -> list[SlideInput]:
+    owners: dict[str, str] = {}
+    kept = []
+    for item in items:
+        owner = owners.setdefault(item.name, item.uri)
+        if owner != item.uri and item.problem is None:
+            problem = f"takes the name {item.name!r}, as {owner} does; name them apart in a .csv "
+            kept.append(replace(item, problem=problem + "manifest (uri,name)"))
+        else:
+            kept.append(item)
+    return kept

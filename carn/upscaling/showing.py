@@ -1,0 +1,110 @@
+"""What is kept of a slide to be looked at: a crop of LR and SR, and the border between two blocks.
+
+Taken from the blocks' own pixels, before they are encoded, whatever the output's format.
+"""
+
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from carn.slides.slide import Rgb
+from carn.upscaling.blocks import LrBlock
+from carn.upscaling.task import SlidePlan
+from carn.upscaling.windows import CELL_PX, TissueCells
+
+# Side of the crop, in LR px.
+CROP_PX = CELL_PX
+# SR px on each side of a border that its steps are measured on.
+RIM_PX = 17
+# Half the side of the picture of a border, in SR px.
+SEAM_PX = 128
+# What records keep under these names.
+SHOWN = ("crop_lr", "crop_sr", "rim_left", "rim_right", "seam_left", "seam_right")
+
+
+def choose_show(
+    cells: TissueCells | None, *, extent_lr: tuple[int, int], block_px: int, scale: int
+) -> tuple[int, tuple[int, int]]:
+    """The block to show, with the place in it: most tissue, and a neighbour to the right.
+
+    Returns:
+        Index of the block, and the (x, y) LR px of the crop's top-left corner.
+    """
+    columns = -(-extent_lr[0] * scale // block_px)
+    rows = -(-extent_lr[1] * scale // block_px)
+    side = block_px / scale
+    best, best_rank = (0, 0), (-1.0, False)
+    for row in range(rows):
+        for column in range(columns):
+            share = 1.0
+            if cells is not None:
+                under = cells.cells[_cells(row, side), _cells(column, side)]
+                share = float(under.mean()) if under.size else 0.0
+            rank = (round(share, 1), column + 1 < columns)
+            if rank > best_rank:
+                best, best_rank = (row, column), rank
+    row, column = best
+    x0, y0 = int(column * side), int(row * side)
+    width = min(int(side), extent_lr[0] - x0)
+    height = min(int(side), extent_lr[1] - y0)
+    centre = (x0 + width / 2, y0 + height / 2)
+    candidates = [
+        (x, y)
+        for y in range(-(-y0 // CELL_PX) * CELL_PX, y0 + height - CELL_PX + 1, CELL_PX)
+        for x in range(-(-x0 // CELL_PX) * CELL_PX, x0 + width - CELL_PX + 1, CELL_PX)
+        if cells is None or cells.cells[y // CELL_PX, x // CELL_PX]
+    ]
+    middle = CELL_PX / 2
+    place = min(
+        candidates or [(x0, y0)],
+        key=lambda xy: (xy[0] + middle - centre[0]) ** 2 + (xy[1] + middle - centre[1]) ** 2,
+    )
+    return row * columns + column, place
+
+
+def _cells(number: int, side: float) -> slice:
+    return slice(int(number * side) // CELL_PX, max(1, int((number + 1) * side) // CELL_PX))
+
+
+def shown_facts(plan: SlidePlan, index: int, read: LrBlock, pixels: Rgb) -> dict[str, Any]:
+    """What a block's record keeps to be shown; nothing, but for two blocks of a slide.
+
+    Args:
+        plan: the slide.
+        index: of the block.
+        read: its LR pixels.
+        pixels: its SR pixels.
+    """
+    region, scale = read.region, plan.task.scale
+    facts: dict[str, Any] = {}
+    columns = -(-plan.spec.extent[0] // plan.spec.block_px)
+    if index == plan.show:
+        x, y = plan.show_cell
+        width = min(CROP_PX, plan.lr_extent[0] - x, -(-region.x1 // scale) - x)
+        height = min(CROP_PX, plan.lr_extent[1] - y, -(-region.y1 // scale) - y)
+        left, top = x - region.x, y - region.y
+        facts["crop_lr"] = read.pixels[top : top + height, left : left + width]
+        left, top = x * scale - region.x0, y * scale - region.y0
+        facts["crop_sr"] = pixels[
+            max(0, top) : top + height * scale, max(0, left) : left + width * scale
+        ]
+        facts["rim_right"] = pixels[:, -RIM_PX:]
+        facts["seam_right"] = _middle(pixels)[:, -SEAM_PX:]
+    elif index == plan.show + 1 and index % columns:
+        facts["rim_left"] = pixels[:, :RIM_PX]
+        facts["seam_left"] = _middle(pixels)[:, :SEAM_PX]
+    return {name: np.ascontiguousarray(value) for name, value in facts.items()}
+
+
+def jpeg(pixels: Rgb) -> bytes:
+    """A picture for a page, (H, W, 3) uint8 RGB."""
+    content: bytes = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), quality=90, colorspace="RGB", colorsubsampling="444"
+    )
+    return content
+
+
+def _middle(pixels: Rgb) -> Rgb:
+    top = max(0, pixels.shape[0] // 2 - SEAM_PX)
+    return pixels[top : top + 2 * SEAM_PX]

@@ -1,0 +1,170 @@
+"""What is to be made of a slide, and what decides whether it has been made already."""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+from urllib.parse import quote
+
+from carn import storage
+from carn.slides.slide_output import OutputSpec, SlideFormat
+from carn.upscaling.lr_view import InputConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelConfig:
+    """How pixels are made."""
+
+    pooling: Literal["slide", "block"] = "slide"
+    """What a network that pools over the whole image (CARN, RCAN, SWD-Net) pools over. `slide`: a
+    sample of the slide's tissue, once, so that neighbouring blocks agree. `block`: each window for
+    itself, as patches in training; neighbours may then differ by several grey levels."""
+    background: Literal["enlarge", "infer"] = "enlarge"
+    """What lies far from tissue is enlarged bicubically, or super-resolved like the rest."""
+    seed: int = 1
+    """Of the choice of the tissue that is pooled over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideTask:
+    """What is to be made of one slide; decides what a finished output must say to be left alone.
+
+    Attributes:
+        name: below the output.
+        uri, identity: of the input.
+        is_image: a plain image.
+        checkpoint, checkpoint_hash, model, scale: the network.
+        halo_px: LR px of context that it wants round what it makes.
+        input, pixels, precision, format: how.
+        output: folder or prefix of all slides.
+        block_px: side of a block in SR px.
+        code_version: of the run; workers must not each look at their own.
+    """
+
+    name: str
+    uri: str
+    identity: str
+    is_image: bool
+    checkpoint: str
+    checkpoint_hash: str
+    model: str
+    scale: int
+    halo_px: int
+    input: InputConfig
+    pixels: PixelConfig
+    precision: str
+    format: SlideFormat
+    output: str
+    block_px: int
+    code_version: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Equal where input, checkpoint and config are: 16 hexadecimal digits."""
+        return _digest([self.identity, self.checkpoint_hash, self.settings()])
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the pixels, beside the input and the network."""
+        every = asdict(self)
+        return {name: every[name] for name in ("input", "pixels", "precision", "format")}
+
+    def provenance(self) -> dict[str, Any]:
+        """What the output says of its making; names of files and folders stay out of it."""
+        return {
+            "digest": self.digest,
+            "input_identity": self.identity,
+            "model": self.model,
+            "scale": self.scale,
+            "checkpoint_hash": self.checkpoint_hash,
+            "settings": self.settings(),
+            "code_version": self.code_version,
+        }
+
+    @property
+    def output_uri(self) -> str:
+        """The finished slide."""
+        suffix = ".ome.zarr" if self.format.kind == "ome-zarr" else ".tif"
+        return storage.join(self.output, self.name + suffix)
+
+    @property
+    def committed_uri(self) -> str:
+        """The object that is there when the slide is finished, and not before."""
+        is_folder = self.format.kind == "ome-zarr"
+        return storage.join(self.output_uri, "zarr.json") if is_folder else self.output_uri
+
+    @property
+    def work_root(self) -> str:
+        """Folder of all unfinished work on this slide, whatever its settings."""
+        return storage.join(self.output, "_work", quote(self.name, safe=""))
+
+    @property
+    def work_uri(self) -> str:
+        """Folder of the unfinished work: blocks of two settings or programs never mix."""
+        state = [self.digest, self.block_px, self.code_version]
+        return storage.join(self.work_root, _digest(state))
+
+    @property
+    def done_uri(self) -> str:
+        """What says that the slide is finished with just these settings."""
+        name = f"{quote(self.name, safe='')}@{self.digest}"
+        return storage.join(self.output, "_state", "done", name)
+
+    def to_json(self) -> str:
+        """Itself as text, for another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "SlideTask":
+        """The task of `to_json`."""
+        content = json.loads(text)
+        content["input"] = InputConfig(**content["input"])
+        content["pixels"] = PixelConfig(**content["pixels"])
+        content["format"] = SlideFormat(**content["format"])
+        return cls(**content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidePlan:
+    """A slide that was looked at, and what is left to do.
+
+    Attributes:
+        task: what is to be made of it.
+        spec: the output.
+        lr_extent: (width, height) of the input in LR px.
+        mpp: um per LR px, (x, y).
+        num_blocks: of the whole slide.
+        done: blocks that are on storage already.
+        tissue_share: share of the cells that are inferred.
+        show: the block whose crop is shown; its right neighbour shows the seam.
+        show_cell: (x, y) LR px of the top-left corner of the crop.
+    """
+
+    task: SlideTask
+    spec: OutputSpec
+    lr_extent: tuple[int, int]
+    mpp: tuple[float, float] | None
+    num_blocks: int
+    done: tuple[int, ...]
+    tissue_share: float
+    show: int
+    show_cell: tuple[int, int]
+
+    def to_json(self) -> str:
+        """Itself as text, for another process."""
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return json.dumps(content | {"task": self.task.to_json(), "spec": self.spec.to_json()})
+
+    @classmethod
+    def from_json(cls, text: str) -> "SlidePlan":
+        """The plan of `to_json`."""
+        content = json.loads(text)
+        content["task"] = SlideTask.from_json(content["task"])
+        content["spec"] = OutputSpec.from_json(content["spec"])
+        for name in ("lr_extent", "mpp", "done", "show_cell"):
+            content[name] = content[name] and tuple(content[name])
+        return cls(**content)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,249 @@
+"""The work on one slide, step by step: inspect it, make its blocks, finish it.
+
+Every step may run in another process or on another machine, may be killed and done again, and finds
+what the earlier ones left on storage. `jobs/super_resolve.py` spreads the steps over a cluster.
+"""
+
+import json
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from carn import storage
+from carn.errors import MissingObjectError
+from carn.models.checkpoint import load_model
+from carn.slides.slide_output import OutputSpec, SlideOutput, open_output
+from carn.upscaling.blocks import BlockRegion, LrBlock, block_region, read_block, upscale_block
+from carn.upscaling.calibration import Calibration, calibrate
+from carn.upscaling.engine import Engine, EngineConfig, make_engine, reference_engine
+from carn.upscaling.lr_view import LrView, open_view
+from carn.upscaling.showing import choose_show, shown_facts
+from carn.upscaling.task import SlidePlan, SlideTask
+from carn.upscaling.windows import TissueCells
+
+logger = logging.getLogger(__name__)
+
+# An engine this far from fp32 on a slide's own tissue is not used for it.
+MIN_ACCURACY_DB = 60.0
+# More leave no room for the joined small parts among S3's 10,000.
+MAX_BLOCKS = 6000
+# Slides whose header, cells and calibration a process keeps at hand.
+MAX_OPEN = 4
+
+
+def inspect(task: SlideTask) -> SlidePlan:
+    """Look at a slide, begin its output, and find what is left to do.
+
+    Raises:
+        CarnError: it cannot be opened, does not say its MPP, or the output cannot be begun.
+    """
+    with closing(open_view(task.uri, task.input, is_image=task.is_image)) as view:
+        scale = task.scale
+        extent = (view.extent[0] * scale, view.extent[1] * scale)
+        block_px = task.block_px
+        while -(-extent[0] // block_px) * -(-extent[1] // block_px) > MAX_BLOCKS:
+            block_px *= 2
+        spec = OutputSpec(
+            uri=task.output_uri,
+            work_uri=task.work_uri,
+            extent=extent,
+            block_px=block_px,
+            mpp=view.mpp and (view.mpp[0] / scale, view.mpp[1] / scale),
+            provenance=task.provenance(),
+            format=task.format,
+        )
+        cells = (
+            None
+            if task.pixels.background == "infer"
+            else TissueCells.of(view, halo_px=task.halo_px)
+        )
+        if cells is not None:
+            storage.write_bytes(storage.join(task.work_uri, "cells.npz"), cells.to_bytes())
+        output = open_output(spec)
+        output.begin()
+        done = output.done_blocks()
+        show, show_cell = choose_show(cells, extent_lr=view.extent, block_px=block_px, scale=scale)
+        return SlidePlan(
+            task=task,
+            spec=spec,
+            lr_extent=view.extent,
+            mpp=view.mpp,
+            num_blocks=output.num_blocks,
+            done=tuple(sorted(done)),
+            tissue_share=1.0 if cells is None else float(cells.cells.mean()),
+            show=show,
+            show_cell=show_cell,
+        )
+
+
+@dataclass
+class _Open:
+    """A slide a process works on."""
+
+    view: LrView
+    cells: TissueCells | None
+    output: SlideOutput
+    calibration: Calibration | None = None
+
+
+class BlockMaker:
+    """Makes blocks of slides in one process; keeps the network and the last few slides at hand."""
+
+    def __init__(self, config: EngineConfig, *, num_writers: int = 2) -> None:
+        """Load nothing yet.
+
+        Args:
+            config: of the engine.
+            num_writers: threads that encode and upload while the next block is inferred.
+        """
+        self._config = config
+        self._writers = ThreadPoolExecutor(num_writers, thread_name_prefix="write")
+        self._open: dict[str, _Open] = {}
+        self._engines: dict[str, tuple[nn.Module, Engine, Engine]] = {}
+        self._current = ""
+
+    def read(self, plan: SlidePlan, index: int) -> LrBlock:
+        """The LR pixels of a block with their surroundings.
+
+        Raises:
+            CarnError: they cannot be read.
+        """
+        return read_block(
+            self._opened(plan).view,
+            region_of(plan, index),
+            on_damage=plan.task.input.on_damaged_tile,
+        )
+
+    def has_calibration(self, plan: SlidePlan) -> bool:
+        """Whether the slide's calibration is known here, or found on storage now."""
+        opened = self._opened(plan)
+        if opened.calibration is None:
+            try:
+                content = storage.read_bytes(calibration_uri(plan))
+            except MissingObjectError:
+                return False
+            opened.calibration = Calibration.from_bytes(content)
+        return True
+
+    def calibrate(self, plan: SlidePlan) -> None:
+        """Work the slide's calibration out, and leave it on storage for the others."""
+        opened = self._opened(plan)
+        model, engine, _ = self._networks(plan)
+        found = calibrate(
+            opened.view,
+            model,
+            engine,
+            tissue=opened.cells,
+            seed=plan.task.pixels.seed,
+            pools=plan.task.pixels.pooling == "slide",
+        )
+        if found.accuracy_db < MIN_ACCURACY_DB:
+            logger.warning(
+                "%s: %s is %.1f dB from fp32 on its tissue; it is done in fp32",
+                plan.task.name,
+                engine.description,
+                found.accuracy_db,
+            )
+        storage.write_bytes(calibration_uri(plan), found.to_bytes())
+        opened.calibration = found
+        self._current = ""  # the engine was tried out with others
+
+    def begin_block(
+        self, plan: SlidePlan, index: int, read: LrBlock | None = None
+    ) -> tuple[Future[dict[str, Any]], dict[str, Any]]:
+        """Super-resolve a block, and begin to put it on storage.
+
+        Args:
+            plan: the slide, calibrated.
+            index: of the block.
+            read: what `read` gave, where another process has read it.
+
+        Returns:
+            The upload, which gives its share of the facts, and the facts known so far: seconds by
+            stage and LR px.
+
+        Raises:
+            CarnError: the block cannot be read or inferred.
+        """
+        facts: dict[str, Any] = {}
+        started = time.perf_counter()
+        if read is None:
+            read = self.read(plan, index)
+            facts["read_s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        opened = self._opened(plan)
+        engine = self._engine(plan)
+        result = upscale_block(read, engine, tissue=opened.cells)
+        facts["infer_s"] = time.perf_counter() - started
+        facts["num_lr_px"] = result.num_inferred_px + result.num_background_px
+        record: dict[str, Any] = {
+            "consistency": result.consistency,
+            "num_inferred_px": result.num_inferred_px,
+            "num_background_px": result.num_background_px,
+            "damage": json.dumps([asdict(item) for item in result.damage]),
+            "engine": engine.description,
+        }
+        record |= shown_facts(plan, index, read, result.pixels)
+        output = opened.output
+
+        def write() -> dict[str, Any]:
+            begun = time.perf_counter()
+            num_bytes = output.write_block(index, result.pixels, facts=record)
+            return {"encode_s": time.perf_counter() - begun, "num_bytes": num_bytes}
+
+        return self._writers.submit(write), facts
+
+    def _opened(self, plan: SlidePlan) -> _Open:
+        key = plan.task.work_uri
+        if key not in self._open:
+            while len(self._open) >= MAX_OPEN:
+                self._open.pop(next(iter(self._open))).view.close()
+            cells = None
+            if plan.task.pixels.background != "infer":
+                content = storage.read_bytes(storage.join(plan.task.work_uri, "cells.npz"))
+                cells = TissueCells.from_bytes(content)
+            self._open[key] = _Open(
+                view=open_view(plan.task.uri, plan.task.input, is_image=plan.task.is_image),
+                cells=cells,
+                output=open_output(plan.spec),
+            )
+        return self._open[key]
+
+    def _networks(self, plan: SlidePlan) -> tuple[nn.Module, Engine, Engine]:
+        """The network, the engine that runs it, and the one that is right by definition."""
+        key = plan.task.checkpoint_hash
+        if key not in self._engines:
+            model = load_model(plan.task.checkpoint, expect_scale=plan.task.scale)
+            self._engines[key] = model, make_engine(model, self._config), reference_engine(model)
+        return self._engines[key]
+
+    def _engine(self, plan: SlidePlan) -> Engine:
+        calibration = self._opened(plan).calibration
+        assert calibration is not None
+        _, fast, reference = self._networks(plan)
+        engine = fast if calibration.accuracy_db >= MIN_ACCURACY_DB else reference
+        if self._current != plan.task.work_uri:
+            engine.set_pooling(calibration.pooling)
+            self._current = plan.task.work_uri
+        return engine
+
+
+def calibration_uri(plan: SlidePlan) -> str:
+    """What the slide's poolings were frozen at."""
+    return storage.join(plan.task.work_uri, "calibration.bin")
+
+
+def region_of(plan: SlidePlan, index: int) -> BlockRegion:
+    """Where a block of a slide lies, and what is read for it."""
+    return block_region(
+        plan.spec.extent,
+        block_px=plan.spec.block_px,
+        index=index,
+        scale=plan.task.scale,
+        halo_px=plan.task.halo_px,
+    )

@@ -1,0 +1,156 @@
+"""What super_resolve.py can be asked to do, as its command line and its report have it."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import tyro
+
+from carn import storage
+from carn.slides.slide_output import SlideFormat
+from carn.upscaling.engine import EngineConfig
+from carn.upscaling.lr_view import InputConfig
+from carn.upscaling.task import PixelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How the run goes. Nothing here changes the pixels."""
+
+    limit: int | None = None
+    """Most slides to begin in this run."""
+    deadline: str | None = None
+    """When to stop, as `06:00` (the next one, in this machine's time) or `2026-11-25T06:00`. Blocks
+    at hand are finished; the next run goes on from there."""
+    dry_run: bool = False
+    """Say what would be done, its pixels and the time it may take; do nothing."""
+    overwrite: bool = False
+    """Replace finished slides that were made from other input, weights or settings."""
+    on_bad_slide: Literal["fail", "skip"] = "fail"
+    """Exit status when a slide failed: 1, or 0."""
+    block_px: int = 4096
+    """Side of a block in SR px: what one worker makes at a time and a killed run loses at most."""
+    consistency_db: float = 30.0
+    """Places where SR, made small again, is farther than this from the input are listed."""
+    lease_minutes: float = 10.0
+    """How long a slide stays claimed by a run that died; a live one renews its claims."""
+    abandon_days: float = 7.0
+    """Age at which unfinished uploads of slides that are not among the inputs are removed."""
+    num_pictures: int = 24
+    """Slides that the report shows with pictures."""
+    progress_s: float = 10.0
+    """Seconds between two lines of progress."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "block_px", "num_pictures"):
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "num_pictures" else 1):
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("lease_minutes", "abandon_days", "progress_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.deadline is not None:
+            parse_deadline(self.deadline, now=datetime.now().astimezone())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Who works. Nothing here changes the pixels beyond roundings."""
+
+    gpus_per_actor: float | None = None
+    """GPUs of an actor that super-resolves, such as 0.5; None for one where the cluster has any."""
+    cpus_per_actor: float | None = None
+    """CPUs of such an actor; None for 2, or what a smaller node has."""
+    min_actors: int = 1
+    """Actors to begin with."""
+    max_actors: int | None = None
+    """Most actors that super-resolve; None for what the cluster holds now. Say it where the cluster
+    grows with its load."""
+    num_readers: int | None = None
+    """Most actors that read, where GPUs super-resolve; None for two per GPU actor."""
+    pipeline: Literal["auto", "fused", "split"] = "auto"
+    """`split`: reading has actors of its own, as it should be with GPUs; `fused`: it has not."""
+    blocks_per_task: int | None = None
+    """Blocks handed to an actor at a time; None for 1 on CPUs and 4 on GPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_actors", "max_actors", "num_readers", "blocks_per_task"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("gpus_per_actor", "cpus_per_actor"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolveJob:
+    """What `super_resolve.py` is asked to do."""
+
+    checkpoint: str
+    """Training run, checkpoint or .safetensors file, local or s3://."""
+    output: str
+    """Folder or s3:// prefix of the super-resolved slides."""
+    slides: tuple[str, ...] = ()
+    """Slides: folders or s3:// prefixes, searched at any depth; globs; files; or manifests: a .txt
+    with a URI on each line, a .csv with the header uri[,mpp][,name]."""
+    images: tuple[str, ...] = ()
+    """Plain images (PNG, JPEG, TIFF) likewise, which need not say their MPP."""
+    scale: int | None = None
+    """What the checkpoint must be made for; None for whatever it is."""
+    input: InputConfig = field(default_factory=InputConfig)
+    pixels: PixelConfig = field(default_factory=PixelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    format: SlideFormat = field(default_factory=SlideFormat)
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        if self.output is tyro.MISSING:
+            return  # not a job yet: the defaults of the command line
+        if not self.slides and not self.images:
+            raise ValueError("say where the slides are: --slides, or --images for plain images")
+        output = storage.normalize(self.output).rstrip("/") + "/"
+        for root in (*self.slides, *self.images):
+            below = storage.normalize(root).rstrip("/") + "/"
+            if output.startswith(below):
+                raise ValueError(
+                    f"--output {self.output} lies in {root}, which is read: the next run would "
+                    "take its results for input; choose another"
+                )
+        side = self.format.tile_px
+        if self.run.block_px % side or (self.run.block_px // side).bit_count() != 1:
+            raise ValueError(
+                f"block_px={self.run.block_px} must be tile_px={side} times a power of two"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved configuration as JSON values."""
+        content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return content
+
+
+def parse_deadline(text: str, *, now: datetime) -> datetime:
+    """The moment that `06:00` (the next) or an ISO date and time means, with a time zone.
+
+    Raises:
+        ValueError: neither, or a moment that has passed.
+    """
+    clock = re.fullmatch(r"(\d{1,2}):(\d{2})", text)
+    try:
+        if clock:
+            moment = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+            return moment if moment > now else moment + timedelta(days=1)
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(
+            f"deadline={text!r} is neither a time of day (06:00) nor a moment (2026-11-25T06:00)"
+        ) from error
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=now.tzinfo)
+    if moment <= now:
+        raise ValueError(f"deadline={text!r} has passed")
+    return moment

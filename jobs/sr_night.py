@@ -1,0 +1,453 @@
+"""One run of super_resolve.py: what there is to do, the doing of it, what became of it."""
+
+import dataclasses
+import json
+import logging
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from carn import storage
+from carn.errors import CheckpointError
+from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
+from carn.report.sr_records import STAGES, RunSummary, SlideSummary, Status
+from carn.report.sr_summary import write_run
+from carn.upscaling.engine import reference_engine
+from carn.upscaling.inputs import SlideInput
+from carn.upscaling.outbox import (
+    SlideClaims,
+    judge,
+    last_speed,
+    sweep_abandoned,
+    sweep_stale,
+)
+from carn.upscaling.task import SlidePlan, SlideTask
+from carn.version import code_version
+from jobs.ray_stage import StageRunner, duration, start_ray
+from jobs.sr_config import SuperResolveJob, parse_deadline
+from jobs.sr_pipeline import Crew, crew_for, make_board, run_blocks
+from jobs.sr_stages import Finishing, ProgressLines, in_thread, inspect_unit
+
+logger = logging.getLogger("super_resolve")
+
+# Input bytes that a wave of slides holds for each actor, by device: about an hour's work of a CPU
+# actor, minutes of a GPU's. A wave's slides are claimed together; a second run does other ones.
+WAVE_BYTES = {"cpu": 100e6, "cuda": 4e9}
+MAX_WAVE = 512
+# Times that a slide is done again because its parts were found changed at the end.
+MAX_ROUNDS = 3
+LOST = "blocks were lost: their workers died, or Ray gave them up; see its logs"
+
+
+def check_checkpoint(job: SuperResolveJob) -> tuple[Checkpoint, int]:
+    """The checkpoint, tried once here, and the LR px of context that it wants.
+
+    Better now than in a hundred actors.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or made for another scale.
+    """
+    checkpoint = read_checkpoint(job.checkpoint)
+    if job.scale not in (None, checkpoint.scale):
+        raise CheckpointError(
+            f"{checkpoint.uri} super-resolves x{checkpoint.scale}; --scale {job.scale} was asked "
+            "for"
+        )
+    return checkpoint, reference_engine(load_model(checkpoint)).halo_px
+
+
+def make_task(
+    job: SuperResolveJob, item: SlideInput, *, checkpoint: Checkpoint, halo_px: int, output: str
+) -> SlideTask:
+    """What is to be made of an input."""
+    given = job.input
+    if item.mpp_um is not None:
+        given = dataclasses.replace(given, mpp=item.mpp_um)
+    return SlideTask(
+        name=item.name,
+        uri=item.uri,
+        identity=item.identity,
+        is_image=item.is_image,
+        checkpoint=checkpoint.uri,
+        checkpoint_hash=checkpoint_hash(checkpoint),
+        model=checkpoint.model_name,
+        scale=checkpoint.scale,
+        halo_px=halo_px,
+        input=given,
+        pixels=job.pixels,
+        precision=job.engine.precision,
+        format=job.format,
+        output=output,
+        block_px=job.run.block_px,
+        code_version=code_version(),
+    )
+
+
+class Night:
+    """One run: what there is to do, what became of it."""
+
+    def __init__(
+        self, job: SuperResolveJob, *, checkpoint: Checkpoint, halo_px: int, output: str
+    ) -> None:
+        """Nothing is looked at yet.
+
+        Args:
+            job: what was asked for.
+            checkpoint, halo_px: of `check_checkpoint`.
+            output: folder or prefix of the slides, normalized.
+        """
+        self.job = job
+        self.checkpoint = checkpoint
+        self.halo_px = halo_px
+        self.output = output
+        self.started = datetime.now().astimezone()
+        self.run_id = f"{self.started.astimezone(UTC):%Y-%m-%dT%H-%M-%S}-{uuid.uuid4().hex[:4]}"
+        self.stopped: str | None = None
+        self.slides: dict[str, SlideSummary] = {}
+        self.todo: list[SlideTask] = []
+        self.sizes: dict[str, int] = {}
+        self.pictures: dict[str, bytes] = {}
+        self.stages: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.actor_seconds = 0.0
+        self.num_actors = 0
+        self.num_lr_px = 0
+        self.working_seconds = 0.0
+        self.num_shown = 0
+        self._deadline: datetime | None = None
+
+    # ------------------------------------------------------------------------------ beforehand
+
+    def judge(self, inputs: Sequence[SlideInput]) -> None:
+        """Part what is to be done from what is done, in the way, or beyond help."""
+        tasks = {}
+        for item in inputs:
+            slide = SlideSummary(
+                name=item.name,
+                uri=item.uri,
+                status="unfinished",
+                scale=self.checkpoint.scale,
+            )
+            # Two inputs that want one name have a row each.
+            key = item.name if item.name not in self.slides else f"{item.name} ({item.uri})"
+            if item.problem is not None:
+                slide = replace(slide, status="failed", reason=item.problem)
+            else:
+                tasks[key] = make_task(
+                    self.job,
+                    item,
+                    checkpoint=self.checkpoint,
+                    halo_px=self.halo_px,
+                    output=self.output,
+                )
+                self.sizes[key] = item.size_bytes
+            self.slides[key] = slide
+        verdicts = judge(list(tasks.values()), overwrite=self.job.run.overwrite)
+        for (key, task), (status, reason) in zip(tasks.items(), verdicts, strict=True):
+            if status == "todo":
+                self.todo.append(task)
+            else:
+                self._set(key, status=status, reason=reason, output_uri=task.output_uri)
+        limit = self.job.run.limit
+        if limit is not None:
+            for task in self.todo[limit:]:
+                self._set(task.name, reason=f"left for later (--limit {limit})")
+            self.todo = self.todo[:limit]
+        counts = Counter(slide.status for slide in self.slides.values())
+        logger.info(
+            "%s slides: %s to do, %s done before, %s that cannot be done",
+            *(
+                f"{number:,}"
+                for number in (
+                    len(self.slides),
+                    len(self.todo),
+                    counts["skipped"],
+                    counts["failed"] + counts["conflict"],
+                )
+            ),
+        )
+
+    def _set(self, name: str, **changes: Any) -> None:
+        self.slides[name] = replace(self.slides[name], **changes)
+
+    def count(self, *statuses: str) -> int:
+        """How many slides ended so."""
+        return sum(slide.status in statuses for slide in self.slides.values())
+
+    def forecast(self) -> str:
+        """What would be done, in words; opens the slides that are to be done."""
+        lines = [f"{len(self.todo):,} slides to do, {self.count('skipped'):,} done before"]
+        total = 0
+        if self.todo:
+            start_ray()
+            looked = StageRunner(progress_s=self.job.run.progress_s)
+            units = [{"task": task.to_json(), "is_forecast": True} for task in self.todo]
+            rows = {}
+            for table in looked.run("inspecting", inspect_unit, units):
+                rows.update({row["name"]: row for row in table.to_pylist()})
+            for task in self.todo:
+                row = rows.get(task.name) or {"reason": "was not looked at: its worker was lost"}
+                if row["reason"]:
+                    lines.append(f"  {task.name}: cannot be done: {row['reason']}")
+                    continue
+                width, height = json.loads(row["plan"])
+                total += width * height
+                lines.append(
+                    f"  {task.name}: {width:,} x {height:,} px -> {width * task.scale:,} x "
+                    f"{height * task.scale:,} px"
+                )
+        for slide in self.slides.values():
+            if slide.status in ("failed", "conflict"):
+                lines.append(f"  {slide.name}: {slide.status}: {slide.reason}")
+        lines.append(f"together {total / 1e6:,.1f} LR megapixels, {self._time_for(total)}")
+        return "\n".join(lines)
+
+    def _time_for(self, num_lr_px: int) -> str:
+        speed = last_speed(self.output)
+        if speed is None:
+            return "and no run here has yet been long enough to tell how long they take"
+        return f"about {duration(num_lr_px / 1e6 / speed)} at the last run's {speed:.2f} a second"
+
+    # ------------------------------------------------------------------------------ the work
+
+    def work(self) -> None:
+        """Do what there is to do, wave by wave, until it is done or the deadline has come."""
+        if not self.todo:
+            logger.info("nothing to do")
+            return
+        # A place that cannot be written is better known now than after the first block.
+        storage.write_bytes(storage.join(self.output, "_state", "begun"), self.run_id.encode())
+        logger.info("starting Ray, or connecting to it")
+        start_ray()
+        crew = crew_for(self.job.cluster, self.job.engine)
+        self.num_actors = crew.max_actors
+        runner = StageRunner(progress_s=self.job.run.progress_s)
+        deadline = self.job.run.deadline
+        if deadline is not None:
+            self._deadline = parse_deadline(deadline, now=self.started)
+        lease_s = self.job.run.lease_minutes * 60
+        with SlideClaims(self.output, owner=self.run_id, lease_s=lease_s) as claims:
+            sweep_abandoned(self.output, claims, days=self.job.run.abandon_days, tasks=self.todo)
+            queue = deque(self.todo)
+            self.todo = []
+            attempts: Counter[str] = Counter()
+            while queue and not self._must_stop():
+                wave = self._next_wave(queue, claims, crew)
+                plans = self._inspect(wave, runner)
+                for task in self._make(plans, crew, claims):
+                    attempts[task.name] += 1
+                    if attempts[task.name] < MAX_ROUNDS:
+                        queue.append(task)
+                    else:
+                        self._set(task.name, status="failed", reason="its parts kept changing")
+                for task in wave:
+                    claims.release(task.name)
+            for task in queue:
+                self._set(task.name, reason=f"not begun: {self.stopped}")
+
+    def _must_stop(self) -> bool:
+        if self._deadline is not None and datetime.now().astimezone() >= self._deadline:
+            self.stopped = "deadline"
+        return self.stopped is not None
+
+    def _next_wave(
+        self, queue: deque[SlideTask], claims: SlideClaims, crew: Crew
+    ) -> list[SlideTask]:
+        """The next slides that no other run works on, enough to keep every actor busy."""
+        wave: list[SlideTask] = []
+        size = 0
+        wanted = WAVE_BYTES[crew.device] * crew.max_actors
+        while queue and size < wanted and len(wave) < MAX_WAVE:
+            task = queue.popleft()
+            if not claims.take(task.name):
+                reason = f"is done by another: {claims.holder(task.name)}"
+                self._set(task.name, status="claimed", reason=reason)
+                continue
+            # It may have been finished since the run began.
+            ((status, why),) = judge([task], overwrite=self.job.run.overwrite)
+            if status != "todo":
+                self._set(task.name, status=status, reason=why, output_uri=task.output_uri)
+                claims.release(task.name)
+                continue
+            sweep_stale(task)
+            wave.append(task)
+            size += self.sizes.get(task.name, 0)
+        return wave
+
+    def _inspect(self, wave: Sequence[SlideTask], runner: StageRunner) -> list[SlidePlan]:
+        units = [{"task": task.to_json(), "is_forecast": False} for task in wave]
+        plans: dict[str, SlidePlan] = {}
+        for table in runner.run("inspecting", inspect_unit, units):
+            for row in table.to_pylist():
+                if row["reason"]:
+                    self._set(row["name"], status="failed", reason=row["reason"])
+                    logger.warning("%s failed: %s", row["name"], row["reason"])
+                else:
+                    plans[row["name"]] = SlidePlan.from_json(row["plan"])
+        for task in wave:
+            if task.name not in plans and self.slides[task.name].reason is None:
+                self._set(task.name, status="failed", reason=LOST)
+        found = [plans[task.name] for task in wave if task.name in plans]
+        for plan in found:
+            self._set(
+                plan.task.name,
+                lr_extent=plan.lr_extent,
+                mpp_in=plan.mpp,
+                mpp_out=plan.spec.mpp,
+                scale=plan.task.scale,
+                num_blocks=plan.num_blocks,
+                num_blocks_resumed=len(plan.done),
+            )
+        return found
+
+    def _make(self, plans: Sequence[SlidePlan], crew: Crew, claims: SlideClaims) -> list[SlideTask]:
+        """All blocks of some slides, each slide finished as its last one arrives.
+
+        Returns:
+            Tasks whose parts turned out stale, to be done again.
+        """
+        wave = _Wave(plans, claims, every_s=self.job.run.progress_s)
+        started = time.monotonic()
+        for slide in range(len(plans)):
+            if not wave.left[slide]:
+                self._begin_finishing(wave, slide)
+        results = run_blocks(
+            plans, wave.blocks, board=wave.board, engine=self.job.engine, crew=crew
+        )
+        for result in in_thread(results):
+            self._collect(wave)
+            if self._must_stop():
+                wave.board.stop.remote()
+            if result is not None:
+                self._take(wave, *result)
+        while not wave.finishing.is_idle:
+            self._collect(wave, timeout_s=1.0)
+        self.working_seconds += time.monotonic() - started
+        for slide, plan in enumerate(plans):
+            if wave.left[slide] and slide not in wave.failed:
+                status: Status = "unfinished" if self.stopped else "failed"
+                reason = f"stopped ({self.stopped})" if self.stopped else LOST
+                kept = plan.num_blocks - len(wave.left[slide])
+                reason += f"; {kept} of {plan.num_blocks} blocks are kept, and the next run goes "
+                self._set(plan.task.name, status=status, reason=reason + "on from there")
+        return wave.stale
+
+    def _take(self, wave: "_Wave", slide: int, block: int, facts: dict[str, Any]) -> None:
+        """What became of a block."""
+        plan = wave.plans[slide]
+        if "verdict" in facts:  # it was not begun
+            return
+        if "reason" in facts:
+            if slide not in wave.failed:
+                wave.failed.add(slide)
+                wave.board.cancel.remote(slide)
+                self._set(plan.task.name, status="failed", reason=facts["reason"])
+                logger.warning("%s failed: %s", plan.task.name, facts["reason"])
+            return
+        left = wave.left[slide]
+        left.discard(block)
+        for stage in STAGES:
+            self.stages[stage] += facts.get(stage, 0.0)
+        self.num_lr_px += facts["num_lr_px"]
+        wave.show.block(
+            plan.task.name,
+            num_left=len(left),
+            num_blocks=plan.num_blocks,
+            num_lr_px=facts["num_lr_px"],
+        )
+        if not left and slide not in wave.failed:
+            self._begin_finishing(wave, slide)
+
+    def _begin_finishing(self, wave: "_Wave", slide: int) -> None:
+        plan = wave.plans[slide]
+        if not wave.claims.holds(plan.task.name):
+            reason = "another run took it over, for this one did not renew its claim"
+            self._set(plan.task.name, status="claimed", reason=reason)
+            return
+        has_pictures = self.num_shown < self.job.run.num_pictures
+        self.num_shown += has_pictures
+        threshold_db = self.job.run.consistency_db
+        wave.finishing.begin(slide, plan, threshold_db=threshold_db, has_pictures=has_pictures)
+
+    def _collect(self, wave: "_Wave", *, timeout_s: float = 0.0) -> None:
+        """Note what has been finished."""
+        for slide, outcome in wave.finishing.collect(timeout_s=timeout_s):
+            task = self._finished(wave.plans[slide], outcome)
+            if task is not None:
+                wave.stale.append(task)
+
+    def _finished(self, plan: SlidePlan, outcome: dict[str, Any]) -> SlideTask | None:
+        """Note what became of a slide; returns its task if it has to be done again."""
+        name = plan.task.name
+        if "summary" in outcome:
+            self.slides[name] = SlideSummary.from_json(outcome["summary"])
+            self.pictures.update(outcome["pictures"])
+            logger.info("%s is finished: %s", name, plan.task.output_uri)
+            return None
+        if "stale" in outcome:
+            logger.warning("%s: %s; these are made again", name, outcome["stale"])
+            return plan.task
+        self._set(name, status="failed", reason=outcome["reason"])
+        logger.warning("%s failed: %s", name, outcome["reason"])
+        return None
+
+    # ------------------------------------------------------------------------------ the end
+
+    def conclude(self) -> str:
+        """Write the run's summary and report; returns what to say of it."""
+        busy = self.working_seconds * max(1, self.num_actors)
+        summary = RunSummary(
+            run_id=self.run_id,
+            started=self.started.isoformat(timespec="seconds"),
+            ended=datetime.now().astimezone().isoformat(timespec="seconds"),
+            checkpoint=self.checkpoint.uri,
+            checkpoint_hash=checkpoint_hash(self.checkpoint),
+            model=self.checkpoint.model_name,
+            scale=self.checkpoint.scale,
+            output=self.output,
+            code_version=code_version(),
+            is_stopped=self.stopped,
+            num_listed=len(self.slides),
+            slides=tuple(self.slides.values()),
+            stages=self.stages,
+            busy_share=self.stages["infer_s"] / busy if self.num_lr_px else None,
+            num_actors=self.num_actors,
+            lr_mpx_per_s=self.num_lr_px / 1e6 / self.working_seconds if self.num_lr_px else None,
+            config=self.job.settings(),
+        )
+        report = write_run(self.output, summary, self.pictures)
+        lines = [
+            f"{self.count('done'):,} slides super-resolved, {self.count('skipped'):,} done before, "
+            f"{self.count('failed', 'conflict'):,} failed, "
+            f"{self.count('unfinished', 'claimed'):,} left"
+            + (f" (stopped: {self.stopped})" if self.stopped else ""),
+            f"  output   {self.output}",
+            f"  report   {report}",
+        ]
+        bad = [slide for slide in self.slides.values() if slide.status in ("failed", "conflict")]
+        lines += [f"  failed   {slide.name}: {slide.reason}" for slide in bad[:5]]
+        if len(bad) > 5:
+            lines.append(f"           and {len(bad) - 5:,} more, in {report}")
+        if self.count("unfinished"):
+            lines.append("  the same command goes on from here")
+        return "\n".join(lines)
+
+
+class _Wave:
+    """Slides that are done together, and how far they are."""
+
+    def __init__(self, plans: Sequence[SlidePlan], claims: SlideClaims, *, every_s: float) -> None:
+        self.plans = plans
+        self.claims = claims
+        self.board = make_board()
+        self.left = [set(range(plan.num_blocks)) - set(plan.done) for plan in plans]
+        self.blocks = [
+            (slide, block) for slide, rest in enumerate(self.left) for block in sorted(rest)
+        ]
+        self.failed: set[int] = set()
+        self.stale: list[SlideTask] = []
+        self.finishing = Finishing()
+        self.show = ProgressLines(num_blocks=len(self.blocks), every_s=every_s)

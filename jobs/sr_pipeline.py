@@ -1,0 +1,358 @@
+"""Blocks of slides through Ray Data: read, super-resolve, encode, upload; small rows come back.
+
+Without GPUs one kind of actor does all of it. With GPUs, actors on CPUs read (and OpenSlide's
+decoders never hold up a GPU), and actors with a share of a GPU do the rest; pixels cross the object
+store once, between the two, and Ray Data's backpressure bounds how many.
+
+The board, an actor of its own outside the processes that can die, knows how often a block has taken
+its process down, which slides have failed meanwhile, and whose turn it is to calibrate a slide.
+"""
+
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.util import metrics
+
+from carn.errors import CarnError
+from carn.upscaling.blocks import LrBlock
+from carn.upscaling.engine import EngineConfig
+from carn.upscaling.task import SlidePlan
+from carn.upscaling.work import BlockMaker
+from jobs.ray_stage import MAX_ATTEMPTS, ClusterError
+from jobs.sr_config import ClusterConfig
+
+logger = logging.getLogger(__name__)
+
+# Seconds after which a calibration that somebody began counts as abandoned.
+CALIBRATION_TURN_S = 300.0
+# Seconds between two questions whether another actor has calibrated the slide.
+CALIBRATION_POLL_S = 0.5
+
+Verdict = Literal["go", "cancelled", "stopped", "deadly"]
+
+
+class Board:
+    """What the actors of a run have to know of each other. One process, calls in turn."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, int] = {}
+        self._cancelled: set[int] = set()
+        self._is_stopped = False
+        self._turns: dict[int, float] = {}
+
+    def begin(self, slide: int, block: int) -> Verdict:
+        """Ask before a block is begun; `deadly` when it has taken its process down too often."""
+        if self._is_stopped:
+            return "stopped"
+        if slide in self._cancelled:
+            return "cancelled"
+        key = f"{slide}/{block}"
+        self._begun[key] = self._begun.get(key, 0) + 1
+        return "go" if self._begun[key] <= MAX_ATTEMPTS else "deadly"
+
+    def end(self, slide: int, block: int) -> None:
+        """The process has survived the block."""
+        self._begun.pop(f"{slide}/{block}", None)
+
+    def cancel(self, slide: int) -> None:
+        """Blocks of this slide need not be begun any more."""
+        self._cancelled.add(slide)
+
+    def stop(self) -> None:
+        """No block at all is to be begun any more."""
+        self._is_stopped = True
+
+    def may_calibrate(self, slide: int) -> bool:
+        """Whether the caller is the one to do it; the others wait for what it writes."""
+        now = time.monotonic()
+        if now - self._turns.get(slide, -CALIBRATION_TURN_S) < CALIBRATION_TURN_S:
+            return False
+        self._turns[slide] = now
+        return True
+
+
+def make_board() -> Any:
+    """A board on the cluster."""
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """Who works, as `crew_for` found for a cluster.
+
+    Attributes:
+        is_split: reading and super-resolving are done by different actors.
+        device: of the actors that super-resolve.
+        min_actors, max_actors: of these.
+        num_cpus, num_gpus: of each of these.
+        num_readers: actors that read, where the work is split.
+        blocks_per_task: that go to an actor at a time.
+    """
+
+    is_split: bool
+    device: Literal["cpu", "cuda"]
+    min_actors: int
+    max_actors: int
+    num_cpus: float
+    num_gpus: float
+    num_readers: int
+    blocks_per_task: int
+
+
+def crew_for(cluster: ClusterConfig, engine: EngineConfig) -> Crew:
+    """Who works, on the cluster that Ray is connected to.
+
+    Raises:
+        ClusterError: no node has what an actor needs.
+    """
+    list_nodes: Any = ray.nodes
+    nodes = [node["Resources"] for node in list_nodes() if node["Alive"]]
+    gpus = [node.get("GPU", 0.0) for node in nodes]
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    is_cuda = engine.device == "cuda" or (engine.device == "auto" and max(gpus, default=0) > 0)
+    is_split = cluster.pipeline == "split" or (cluster.pipeline == "auto" and is_cuda)
+    # An actor that nodes still to come are to hold must be said to be wanted.
+    grows = cluster.max_actors is not None
+    num_gpus = 0.0
+    num_cpus = cluster.cpus_per_actor
+    if is_cuda:
+        num_gpus = cluster.gpus_per_actor or 1.0
+        num_cpus = 2.0 if num_cpus is None else num_cpus
+        fitting = [int(node / num_gpus + 1e-6) for node in gpus]
+    else:
+        # Reading takes a CPU where it is done apart; without one left for it, nothing would start.
+        spare = 1.0 if is_split else 0.0
+        most = max(cpus, default=0.0) - spare
+        num_cpus = (min(2.0, most) if most > 0 else 1.0) if num_cpus is None else num_cpus
+        fitting = [int((node - spare) / max(num_cpus, 0.01) + 1e-6) for node in cpus]
+    max_actors = cluster.max_actors or sum(fitting)
+    if max(fitting, default=0) < 1 and not grows:
+        wanted = f"{num_gpus:g} GPUs and " if is_cuda else ""
+        raise ClusterError(
+            f"no node of the cluster has the {wanted}{num_cpus:g} CPUs that an actor needs (CPUs: "
+            f"{cpus}, GPUs: {gpus}); lower --cpus-per-actor or --gpus-per-actor, or say with "
+            "--max-actors how many a growing cluster may come to hold"
+        )
+    per_task = cluster.blocks_per_task or (4 if is_cuda else 1)
+    readers = cluster.num_readers or (2 * max_actors if is_cuda else 1)
+    return Crew(
+        is_split=is_split,
+        device="cuda" if is_cuda else "cpu",
+        min_actors=min(cluster.min_actors, max_actors),
+        max_actors=max_actors,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        num_readers=readers,
+        blocks_per_task=per_task,
+    )
+
+
+class Reader:
+    """An actor that reads blocks."""
+
+    def __init__(self, plans: Sequence[str], board: Any, engine: EngineConfig) -> None:
+        self._plans = [SlidePlan.from_json(plan) for plan in plans]
+        self._board = board
+        self._maker = BlockMaker(engine)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows (slide, block) with the block's LR pixels, or why there are none."""
+        rows = [self._read(row["slide"], row["block"]) for row in batch.to_pylist()]
+        return pa.Table.from_pylist(rows, schema=READ)
+
+    def _read(self, slide: int, block: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"slide": slide, "block": block, "pixels": None, "facts": "{}"}
+        verdict = ray.get(self._board.begin.remote(slide, block))
+        if verdict != "go":
+            return row | {"facts": json.dumps(_not_begun(verdict))}
+        started = time.perf_counter()
+        try:
+            read = self._maker.read(self._plans[slide], block)
+        except Exception as error:  # whatever it is, it is this slide's alone
+            return row | {"facts": json.dumps(_failure(error))}
+        finally:
+            self._board.end.remote(slide, block)
+        seconds = time.perf_counter() - started
+        return row | {"pixels": read.to_bytes(), "facts": json.dumps({"read_s": seconds})}
+
+
+READ = pa.schema(
+    [
+        ("slide", pa.int32()),
+        ("block", pa.int32()),
+        ("pixels", pa.large_binary()),
+        ("facts", pa.string()),
+    ]
+)
+MADE = pa.schema([("slide", pa.int32()), ("block", pa.int32()), ("facts", pa.string())])
+
+
+class Upscaler:
+    """An actor that super-resolves blocks; it reads them itself where no reader did."""
+
+    def __init__(self, plans: Sequence[str], board: Any, engine: EngineConfig) -> None:
+        self._plans = [SlidePlan.from_json(plan) for plan in plans]
+        self._board = board
+        self._maker = BlockMaker(engine)
+        self._idle_since = time.perf_counter()
+        self._meters = _Meters()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows (slide, block, facts) of blocks that are on storage, or why they are not."""
+        rows = [self._make(row) for row in batch.to_pylist()]
+        for row, pending in rows:
+            self._complete(row, pending)
+        self._idle_since = time.perf_counter()
+        return pa.Table.from_pylist(
+            [
+                {"slide": row["slide"], "block": row["block"], "facts": json.dumps(row["facts"])}
+                for row, _ in rows
+            ],
+            schema=MADE,
+        )
+
+    def _make(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        slide, block = row["slide"], row["block"]
+        known = json.loads(row.get("facts") or "{}")
+        made: dict[str, Any] = {"slide": slide, "block": block, "facts": known}
+        if "reason" in known or "verdict" in known:
+            return made, None
+        verdict = ray.get(self._board.begin.remote(slide, block))
+        if verdict != "go":
+            made["facts"] = _not_begun(verdict)
+            return made, None
+        known["wait_s"] = time.perf_counter() - self._idle_since
+        try:
+            plan = self._plans[slide]
+            self._calibrate(slide, plan)
+            pixels = row.get("pixels")
+            read = None if pixels is None else LrBlock.from_bytes(pixels)
+            pending, facts = self._maker.begin_block(plan, block, read)
+            pending.add_done_callback(lambda _: self._board.end.remote(slide, block))
+            known |= facts
+        except Exception as error:  # whatever it is, it is this slide's alone
+            made["facts"] = known | _failure(error)
+            pending = None
+            self._board.end.remote(slide, block)
+        self._idle_since = time.perf_counter()
+        return made, pending
+
+    def _complete(self, row: dict[str, Any], pending: Any) -> None:
+        """Wait until a block's parts are on storage."""
+        if pending is None:
+            return
+        try:
+            row["facts"] |= pending.result()
+        except Exception as error:
+            row["facts"] |= _failure(error)
+        self._meters.count(row["facts"])
+
+    def _calibrate(self, slide: int, plan: SlidePlan) -> None:
+        """Have the slide's calibration at hand: from storage, or made here if it is our turn."""
+        while not self._maker.has_calibration(plan):
+            if ray.get(self._board.may_calibrate.remote(slide)):
+                self._maker.calibrate(plan)
+            else:
+                time.sleep(CALIBRATION_POLL_S)
+
+
+class _Meters:
+    """Ray's metrics, for the cluster's dashboards."""
+
+    def __init__(self) -> None:
+        self._blocks = metrics.Counter("carn_sr_blocks", "Blocks that are on storage.")
+        self._pixels = metrics.Counter("carn_sr_lr_pixels", "LR pixels of those blocks.")
+        self._bytes = metrics.Counter("carn_sr_bytes", "Encoded bytes of those blocks.")
+        self._failures = metrics.Counter("carn_sr_failed_blocks", "Blocks that failed.")
+        self._seconds = metrics.Counter(
+            "carn_sr_seconds", "Seconds of the actors, by stage.", tag_keys=("stage",)
+        )
+
+    def count(self, facts: Mapping[str, Any]) -> None:
+        if "reason" in facts:
+            self._failures.inc(1)
+            return
+        self._blocks.inc(1)
+        for counter, name in ((self._pixels, "num_lr_px"), (self._bytes, "num_bytes")):
+            if facts.get(name):
+                counter.inc(facts[name])
+        for name in ("read", "infer", "encode", "upload", "wait"):
+            if facts.get(f"{name}_s"):
+                self._seconds.inc(facts[f"{name}_s"], tags={"stage": name})
+
+
+def run_blocks(
+    plans: Sequence[SlidePlan],
+    blocks: Sequence[tuple[int, int]],
+    *,
+    board: Any,
+    engine: EngineConfig,
+    crew: Crew,
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Make blocks; yields (slide, block, facts) as they are done, roughly in order.
+
+    Facts are what `BlockMaker` says of a block, or `reason` (why it failed), or `verdict`
+    ("cancelled", "stopped": it was not begun). A block that Ray loses for good is not yielded.
+
+    Args:
+        plans: the slides.
+        blocks: (number of the plan, index of the block), in the order of work.
+        board: of `make_board`.
+        engine: as it was asked for; device and threads are those of the crew.
+        crew: who works.
+    """
+    if not blocks:
+        return
+    rows = [{"slide": slide, "block": block} for slide, block in blocks]
+    num_tasks = max(1, -(-len(rows) // crew.blocks_per_task))
+    threads = engine.num_threads or max(1, int(crew.num_cpus))
+    engine = replace(engine, device=crew.device, num_threads=threads)
+    arguments = ([plan.to_json() for plan in plans], board, engine)
+    dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=num_tasks)
+    if crew.is_split:
+        dataset = dataset.map_batches(
+            Reader,
+            fn_constructor_args=arguments,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=crew.num_readers),
+            num_cpus=1,
+        )
+    dataset = dataset.map_batches(
+        Upscaler,
+        fn_constructor_args=arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=crew.min_actors, max_size=crew.max_actors),
+        num_cpus=crew.num_cpus,
+        num_gpus=crew.num_gpus or None,
+    )
+    tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    for table in tables:
+        for row in table.to_pylist():
+            yield row["slide"], row["block"], json.loads(row["facts"])
+
+
+def _not_begun(verdict: Verdict) -> dict[str, Any]:
+    if verdict != "deadly":
+        return {"verdict": verdict}
+    return {
+        "reason": f"super-resolving a block took the process down {MAX_ATTEMPTS} times (a crash in "
+        "a decoder, or memory that ran out); see the worker's log"
+    }
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, CarnError):
+        return {"reason": str(error)}
+    logger.error("process %d: %s", os.getpid(), traceback.format_exc())
+    return {"reason": f"{type(error).__name__}: {error} (an error of this program)"}

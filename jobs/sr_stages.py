@@ -1,0 +1,166 @@
+"""The steps of super-resolving slides around the blocks: looking at each, finishing each."""
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+
+from carn.errors import CarnError, UnfinishedError
+from carn.report.page import format_count
+from carn.upscaling.finish import finish
+from carn.upscaling.lr_view import open_view
+from carn.upscaling.task import SlidePlan, SlideTask
+from carn.upscaling.work import inspect
+from jobs.ray_stage import Attempt, Unit, duration
+
+logger = logging.getLogger("super_resolve")
+
+INSPECTED = pa.schema([("name", pa.string()), ("plan", pa.string()), ("reason", pa.string())])
+# Slides that are finished at a time: each reads its records and joins its small parts.
+MAX_FINISHING = 8
+
+
+def inspect_unit(unit: Unit, attempt: Attempt) -> pa.Table:
+    """A row (name, plan or None, reason or None) for {"task", "is_forecast"}; INSPECTED.
+
+    The plan of a forecast is no more than the (width, height) of the LR.
+    """
+    task = SlideTask.from_json(unit["task"])
+    plan, reason = None, None
+    try:
+        with attempt(task.name):
+            if unit["is_forecast"]:
+                view = open_view(task.uri, task.input, is_image=task.is_image)
+                plan = json.dumps(view.extent)
+                view.close()
+            else:
+                plan = inspect(task).to_json()
+    except CarnError as error:
+        reason = str(error)
+    except Exception as error:  # of this slide alone
+        logger.exception("%s", task.name)
+        reason = f"{type(error).__name__}: {error} (an error of this program)"
+    row = {"name": task.name, "plan": plan, "reason": reason}
+    return pa.Table.from_pylist([row], schema=INSPECTED)
+
+
+def finish_unit(plan: str, threshold_db: float, has_pictures: bool) -> dict[str, Any]:
+    """What became of a slide whose blocks are all on storage.
+
+    Returns:
+        `summary` (of a SlideSummary, as JSON) and `pictures`, or `reason`, or `stale`.
+    """
+    try:
+        summary, pictures = finish(
+            SlidePlan.from_json(plan), threshold_db=threshold_db, has_pictures=has_pictures
+        )
+    except UnfinishedError as error:
+        return {"stale": str(error)}
+    except CarnError as error:
+        return {"reason": str(error)}
+    except Exception as error:  # of this slide alone
+        logger.exception("finishing %s", plan[:200])
+        return {"reason": f"{type(error).__name__}: {error} (an error of this program)"}
+    return {"summary": summary.to_json(), "pictures": pictures}
+
+
+class Finishing:
+    """Finishes slides on the cluster while the blocks of others are made."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, tuple[Any, ...]]] = deque()
+        self._running: dict[Any, int] = {}
+        # Next to nothing to compute: it must not wait for the actors to leave a CPU.
+        self._call: Any = ray.remote(num_cpus=0, max_retries=3)(finish_unit)
+
+    def begin(
+        self, slide: int, plan: SlidePlan, *, threshold_db: float, has_pictures: bool
+    ) -> None:
+        """Have a slide finished as soon as there is room; arguments as `carn.upscaling.finish`."""
+        self._waiting.append((slide, (plan.to_json(), threshold_db, has_pictures)))
+
+    def collect(self, *, timeout_s: float = 0.0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The slides that are finished by now, each with what `finish_unit` says of it."""
+        while self._waiting and len(self._running) < MAX_FINISHING:
+            slide, arguments = self._waiting.popleft()
+            self._running[self._call.remote(*arguments)] = slide
+        if not self._running:
+            return
+        done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout_s)
+        for reference in done:
+            slide = self._running.pop(reference)
+            try:
+                yield slide, ray.get(reference)
+            except ray.exceptions.RayError as error:
+                yield slide, {"reason": f"the process that finished it died: {error}"}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every slide that was begun has been collected."""
+        return not self._waiting and not self._running
+
+
+T = TypeVar("T")
+
+
+def in_thread(items: Iterator[T], *, tick_s: float = 1.0) -> Iterator[T | None]:
+    """The items of an iterator that runs in a thread of its own; None whenever none has come."""
+    arrived: queue.Queue[tuple[bool, Any]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            for item in items:
+                arrived.put((True, item))
+            arrived.put((False, None))
+        except BaseException as error:  # raised again by who reads
+            arrived.put((False, error))
+
+    threading.Thread(target=run, daemon=True, name="blocks").start()
+    while True:
+        try:
+            is_item, item = arrived.get(timeout=tick_s)
+        except queue.Empty:
+            yield None
+            continue
+        if not is_item:
+            if item is not None:
+                raise item
+            return
+        yield item
+
+
+class ProgressLines:
+    """Says in the log how far a run is, overall and for the slide at hand."""
+
+    def __init__(self, *, num_blocks: int, every_s: float) -> None:
+        self._num_blocks = num_blocks
+        self._every_s = every_s
+        self._num_done = 0
+        self._num_lr_px = 0
+        self._started = self._said = time.monotonic()
+        self._first: float | None = None
+
+    def block(self, name: str, *, num_left: int, num_blocks: int, num_lr_px: int) -> None:
+        """Count a block of a slide; a line now and then, and whenever a slide is through."""
+        now = time.monotonic()
+        self._num_done += 1
+        self._num_lr_px += num_lr_px
+        self._first = self._first or now
+        if now - self._said < self._every_s and num_left:
+            return
+        self._said = now
+        text = f"{name}: {format_count(num_blocks - num_left)} of {format_count(num_blocks)} blocks"
+        text += f"; in all {format_count(self._num_done)} of {format_count(self._num_blocks)}"
+        text += f", {self._num_lr_px / 1e6 / (now - self._started):.2f} LR megapixels a second"
+        if 1 < self._num_done < self._num_blocks:
+            # The first came late: processes had to start for it.
+            pace = (now - self._first) / (self._num_done - 1)
+            text += f", about {duration(pace * (self._num_blocks - self._num_done))} left"
+        logger.info("%s", text)

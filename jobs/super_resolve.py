@@ -1,0 +1,94 @@
+"""Super-resolve whole slides: slides + checkpoint -> pyramidal slides of `scale` times the px.
+
+Made to run every night over the same inbox: what was done before is skipped, a bad slide is
+reported and ends nothing, a run that was stopped or killed is continued by the next one. A slide is
+committed whole or not at all. Output: <name>.tif (or .ome.zarr) for each slide, with <name>.json
+and <name>.consistency.png beside it, and runs/<id>/ with summary.json, failures.csv, report.html.
+
+Exit status: 0 when nothing failed, 1 when a slide did, 2 when the job could not begin.
+
+Examples:
+  python jobs/super_resolve.py --slides inbox/ --checkpoint runs/carn-x2 --output sr/
+  python jobs/super_resolve.py --slides 's3://lab/2026-*/*.svs' --checkpoint s3://lab/runs/carn-x2 \
+      --output s3://lab/sr --deadline 06:00
+  ray job submit --working-dir . -- python jobs/super_resolve.py --slides s3://lab/incoming \
+      --checkpoint s3://lab/runs/carn-x2 --output s3://lab/sr --gpus-per-actor 0.5
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+# `python jobs/super_resolve.py` puts jobs/ on the path, not the folder that holds carn/ and jobs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from carn import storage
+from carn.errors import CarnError
+from carn.upscaling.inputs import find_inputs
+from jobs.sr_config import SuperResolveJob
+from jobs.sr_night import Night, check_checkpoint
+
+logger = logging.getLogger("super_resolve")
+
+
+def main(job: SuperResolveJob) -> int:
+    """Super-resolve; returns the process's exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    checkpoint, halo_px = check_checkpoint(job)
+    inputs = find_inputs(job.slides, job.images)
+    output = storage.normalize(job.output).rstrip("/")
+    night = Night(job, checkpoint=checkpoint, halo_px=halo_px, output=output)
+    night.judge(inputs)
+    if job.run.dry_run:
+        print(night.forecast(), flush=True)
+        return 0
+    try:
+        with _stopped_by_sigterm():
+            night.work()
+    except KeyboardInterrupt:
+        night.stopped = "interrupted"
+    print(night.conclude(), flush=True)
+    if night.stopped == "interrupted":
+        return 130
+    return 1 if night.count("failed", "conflict") and job.run.on_bad_slide == "fail" else 0
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """`ray job stop`, systemd and Kubernetes end a job by SIGTERM: as Ctrl-C, in good order."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def cli() -> int:
+    """Parse the command line, run, and turn expected errors into one line each."""
+    try:
+        job = tyro.cli(SuperResolveJob, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    except ValueError as error:
+        print(f"super_resolve: {error}", file=sys.stderr)
+        return 2
+    try:
+        return main(job)
+    except (CarnError, ValueError) as error:
+        print(f"super_resolve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("super_resolve: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,227 @@
+"""What an output folder says of each slide, and what is swept from it."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from carn import storage, uploads
+from carn.claims import claim
+from carn.slides.slide_output import OutputSpec, SlideFormat, open_output
+from carn.upscaling import outbox
+from carn.upscaling.lr_view import InputConfig
+from carn.upscaling.outbox import SlideClaims, judge, sweep_abandoned, sweep_stale
+from carn.upscaling.task import PixelConfig, SlideTask
+from tests.conftest import Bucket, draw
+
+
+def make_task(output: Path | str, **changes: object) -> SlideTask:
+    fields: dict[str, object] = {
+        "name": "case/One",
+        "uri": "/inbox/case/One.svs",
+        "identity": "etag:1:2",
+        "is_image": False,
+        "checkpoint": "/runs/carn",
+        "checkpoint_hash": "sha256:abc",
+        "model": "carn",
+        "scale": 2,
+        "halo_px": 36,
+        "input": InputConfig(),
+        "pixels": PixelConfig(),
+        "precision": "auto",
+        "format": SlideFormat(tile_px=16),
+        "output": str(output),
+        "block_px": 64,
+        "code_version": "0.1.0+src.1",
+    }
+    return SlideTask(**(fields | changes))  # type: ignore[arg-type]
+
+
+def spec_of(task: SlideTask) -> OutputSpec:
+    return OutputSpec(
+        uri=task.output_uri,
+        work_uri=task.work_uri,
+        extent=(100, 64),
+        block_px=64,
+        mpp=(0.25, 0.25),
+        provenance=task.provenance(),
+        format=task.format,
+    )
+
+
+def make_slide(task: SlideTask) -> None:
+    """A finished slide at the task's place, without a note of it."""
+    output = open_output(spec_of(task))
+    output.begin()
+    pixels = draw(100, 64)
+    output.write_block(0, np.ascontiguousarray(pixels[:, :64]), facts={})
+    output.write_block(1, np.ascontiguousarray(pixels[:, 64:]), facts={})
+    output.finish(icc_profile=None)
+
+
+def test_digests_part_what_differs_in_pixels_and_nothing_else() -> None:
+    task = make_task("/out")
+    same = [
+        replace(task, block_px=128),
+        replace(task, code_version="0.1.0+src.2"),
+        replace(task, uri="/elsewhere/One.svs"),
+    ]
+    other = [
+        replace(task, identity="etag:2:2"),
+        replace(task, checkpoint_hash="sha256:def"),
+        replace(task, input=InputConfig(level=1)),
+        replace(task, pixels=PixelConfig(pooling="block")),
+        replace(task, format=SlideFormat(tile_px=16, quality=80)),
+        replace(task, precision="fp32"),
+    ]
+    assert {item.digest for item in same} == {task.digest}
+    assert len({item.digest for item in (task, *other)}) == len(other) + 1
+    # Blocks of two sizes, or of two programs, must never meet in one slide.
+    assert len({item.work_uri for item in (task, *same)}) == 3
+
+
+def test_a_task_travels_as_text() -> None:
+    task = make_task("/out", input=InputConfig(input_mpp=0.5, resample=True))
+    assert SlideTask.from_json(task.to_json()) == task
+
+
+def test_nothing_there_is_to_be_done(tmp_path: Path) -> None:
+    assert judge([make_task(tmp_path)], overwrite=False) == [("todo", None)]
+
+
+def test_a_finished_slide_is_skipped_and_then_known_without_opening_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tmp_path)
+    make_slide(task)
+    assert judge([task], overwrite=False) == [("skipped", None)]
+    monkeypatch.setattr(outbox, "read_provenance", lambda uri: pytest.fail(f"opened {uri}"))
+    assert judge([task], overwrite=True) == [("skipped", None)]
+
+
+def test_on_an_object_store(s3: Bucket) -> None:
+    task = make_task(s3.uri("sr"))
+    make_slide(task)
+    assert judge([task], overwrite=False) == [("skipped", None)]
+    assert [key for key in s3.list_keys() if "/_work/" in key] == []
+
+
+def test_a_note_of_a_slide_that_is_gone_does_not_count(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    outbox.mark_done(task, {})
+    assert judge([task], overwrite=False) == [("todo", None)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"identity": "etag:2:2"}, "another input"),
+        ({"checkpoint_hash": "sha256:def"}, "another checkpoint"),
+        ({"pixels": PixelConfig(seed=2)}, "other settings"),
+    ],
+)
+def test_a_slide_made_otherwise_is_in_the_way(
+    tmp_path: Path, changes: dict[str, object], says: str
+) -> None:
+    make_slide(make_task(tmp_path))
+    task = make_task(tmp_path, **changes)
+    ((status, reason),) = judge([task], overwrite=False)
+    assert status == "conflict"
+    assert reason is not None
+    assert says in reason
+    assert "--overwrite" in reason
+    assert judge([task], overwrite=True) == [("todo", None)]
+
+
+def test_what_is_not_ours_is_in_the_way(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    storage.write_bytes(task.output_uri, b"somebody's thesis")
+    ((status, reason),) = judge([task], overwrite=False)
+    assert status == "conflict"
+    assert reason is not None
+    assert "not made by this program" in reason
+
+
+def test_overwritten_slides_are_no_longer_noted_as_the_old_ones(tmp_path: Path) -> None:
+    old, new = make_task(tmp_path), make_task(tmp_path, identity="etag:2:2")
+    outbox.mark_done(old, {})
+    outbox.mark_done(new, {})
+    outbox.unmark(new)
+    assert not storage.is_file(old.done_uri)
+    assert storage.is_file(new.done_uri)
+
+
+def test_stale_work_is_swept_with_its_upload(tmp_path: Path) -> None:
+    stale, task = make_task(tmp_path, identity="etag:0:0"), make_task(tmp_path)
+    for each in (stale, task):
+        open_output(spec_of(each)).begin()
+    assert len(uploads.list_uploads(str(tmp_path))) == 2
+    sweep_stale(task)
+    (left,) = uploads.list_uploads(str(tmp_path))
+    (begun,) = storage.list_objects(task.work_uri)
+    assert left.upload_id == json.loads(storage.read_bytes(begun.uri))["upload_id"]
+    assert not storage.list_objects(stale.work_uri)
+
+
+def test_abandoned_uploads_are_swept_but_not_wanted_claimed_or_young_ones(
+    tmp_path: Path,
+) -> None:
+    root = str(tmp_path)
+    names = ("abandoned", "wanted", "claimed")
+    tasks = {name: make_task(root, name=name) for name in names}
+    for task in tasks.values():
+        open_output(spec_of(task)).begin()
+    with (
+        SlideClaims(root, owner="other", lease_s=600) as others,
+        SlideClaims(root, owner="this", lease_s=600) as ours,
+    ):
+        assert others.take("claimed")
+        sweep_abandoned(root, ours, days=1, tasks=[tasks["wanted"]])
+        assert len(uploads.list_uploads(root)) == 3
+        sweep_abandoned(root, ours, days=-1, tasks=[tasks["wanted"]])
+    left = {storage.stem_of(upload.uri) for upload in uploads.list_uploads(root)}
+    assert left == {"wanted", "claimed"}
+
+
+# ---------------------------------------------------------------------------------------- claims
+
+
+def test_two_runs_do_not_get_one_slide(tmp_path: Path) -> None:
+    with (
+        SlideClaims(str(tmp_path), owner="one", lease_s=600) as one,
+        SlideClaims(str(tmp_path), owner="two", lease_s=600) as two,
+    ):
+        assert one.take("case/One")
+        assert one.holds("case/One")
+        assert not two.take("case/One")
+        assert not two.holds("case/One")
+        assert "run one on" in two.holder("case/One")
+        one.release("case/One")
+        assert two.take("case/One")
+
+
+def test_the_end_of_a_run_releases_its_slides(tmp_path: Path) -> None:
+    with SlideClaims(str(tmp_path), owner="one", lease_s=600) as one:
+        assert one.take("x")
+    with SlideClaims(str(tmp_path), owner="two", lease_s=600) as two:
+        assert two.take("x")
+
+
+def test_a_killed_run_of_this_machine_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = storage.join(str(tmp_path), "_state", "claims")
+    child = os.fork()
+    if child == 0:
+        claim(root, "x", owner="killed", lease_s=600)
+        os._exit(0)
+    os.waitpid(child, 0)
+    with SlideClaims(str(tmp_path), owner="next", lease_s=600) as claims:
+        monkeypatch.setattr("carn.upscaling.outbox.socket.gethostname", lambda: "another")
+        assert not claims.take("x")
+        monkeypatch.undo()
+        assert claims.take("x")
+        assert claims.holds("x")
