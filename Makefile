@@ -19,17 +19,21 @@ $(STAMP): requirements.txt requirements-dev.txt requirements.lock pyproject.toml
 	  --config-settings editable_mode=compat --editable .
 	touch $@
 
-demo: $(STAMP)  ## make slides from real tissue, build bcSR from them, train a small network on it
+demo: $(STAMP)  ## make slides from real tissue, build bcSR, train a small network, super-resolve a slide
 	$(BIN)/python -m carn.demo demo
 	$(BIN)/python jobs/build_bcsr.py --slides demo/slides --coordinates demo/tumor.txt demo/normal.txt \
 	  --output demo/bcsr --tile-px 512 --keep 180 --num-test 30 --num-validation 15
 	$(BIN)/python jobs/train.py --dataset demo/bcsr --output demo/carn-x2 --scale 2 \
 	  --num-blocks 2 --channels 32 --reduction 4 --steps 600 --learning-rate 1e-3 --schedule cosine \
 	  --warmup-steps 20 --ema-decay 0.95 --precision bf16 --validate-every 200
+	$(BIN)/python jobs/super_resolve.py --slides demo/slides/Demo_006.tif --input-mpp 0.5 \
+	  --checkpoint demo/carn-x2 --output demo/sr
 	@echo
-	@echo "Next: open demo/bcsr/report.html and demo/carn-x2/report.html in a browser; then use slides of your own:"
+	@echo "Next: open demo/bcsr/report.html, demo/carn-x2/report.html and the run's report in a browser, demo/sr/Demo_006.tif"
+	@echo "in QuPath; then use slides of your own:"
 	@echo "  $(BIN)/python jobs/build_bcsr.py --slides SLIDES --output DATASET --per-class None"
 	@echo "  $(BIN)/python jobs/train.py --dataset DATASET --output RUN --scale 2"
+	@echo "  $(BIN)/python jobs/super_resolve.py --slides SLIDES --checkpoint RUN --output SR"
 
 test: $(STAMP)  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"

@@ -11,10 +11,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from carn import storage
 from carn.errors import CheckpointError
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
-from carn.report.sr_records import STAGES, RunSummary, SlideSummary, Status
+from carn.report.sr_records import STAGES, Pace, RunSummary, SlideSummary, Status
 from carn.report.sr_summary import write_run
 from carn.upscaling.engine import reference_engine
 from carn.upscaling.inputs import SlideInput
@@ -40,6 +42,8 @@ WAVE_BYTES = {"cpu": 100e6, "cuda": 4e9}
 MAX_WAVE = 512
 # Times that a slide is done again because its parts were found changed at the end.
 MAX_ROUNDS = 3
+# Points of the report's curve of throughput.
+PACE_STEPS = 24
 LOST = "blocks were lost: their workers died, or Ray gave them up; see its logs"
 
 
@@ -116,6 +120,7 @@ class Night:
         self.num_actors = 0
         self.num_lr_px = 0
         self.working_seconds = 0.0
+        self.made: list[tuple[float, int]] = []
         self.num_shown = 0
         self._deadline: datetime | None = None
 
@@ -349,9 +354,12 @@ class Night:
             return
         left = wave.left[slide]
         left.discard(block)
+        wave.begun.setdefault(plan.task.name, time.monotonic() - facts.get("infer_s", 0.0))
         for stage in STAGES:
             self.stages[stage] += facts.get(stage, 0.0)
         self.num_lr_px += facts["num_lr_px"]
+        seconds = (datetime.now().astimezone() - self.started).total_seconds()
+        self.made.append((seconds, facts["num_lr_px"]))
         wave.show.block(
             plan.task.name,
             num_left=len(left),
@@ -375,7 +383,11 @@ class Night:
     def _collect(self, wave: "_Wave", *, timeout_s: float = 0.0) -> None:
         """Note what has been finished."""
         for slide, outcome in wave.finishing.collect(timeout_s=timeout_s):
-            task = self._finished(wave.plans[slide], outcome)
+            plan = wave.plans[slide]
+            task = self._finished(plan, outcome)
+            if plan.task.name in wave.begun:
+                seconds = time.monotonic() - wave.begun[plan.task.name]
+                self._set(plan.task.name, seconds=seconds)
             if task is not None:
                 wave.stale.append(task)
 
@@ -417,6 +429,7 @@ class Night:
             num_actors=self.num_actors,
             lr_mpx_per_s=self.num_lr_px / 1e6 / self.working_seconds if self.num_lr_px else None,
             config=self.job.settings(),
+            pace=_pace(self.made),
         )
         report = write_run(self.output, summary, self.pictures)
         lines = [
@@ -436,6 +449,19 @@ class Night:
         return "\n".join(lines)
 
 
+def _pace(made: Sequence[tuple[float, int]]) -> Pace | None:
+    """Throughput over the run, in PACE_STEPS stretches of it; of (seconds, LR px) of each block."""
+    if len(made) < 2 * PACE_STEPS:
+        return None
+    edges = np.linspace(0, made[-1][0], PACE_STEPS + 1)
+    seconds, px = zip(*made, strict=True)
+    sums, _ = np.histogram(seconds, bins=edges, weights=px)
+    return Pace(
+        seconds=tuple(((edges[:-1] + edges[1:]) / 2).tolist()),
+        lr_mpx_per_s=tuple((sums / 1e6 / np.diff(edges)).tolist()),
+    )
+
+
 class _Wave:
     """Slides that are done together, and how far they are."""
 
@@ -448,6 +474,8 @@ class _Wave:
             (slide, block) for slide, rest in enumerate(self.left) for block in sorted(rest)
         ]
         self.failed: set[int] = set()
+        # When the first block of a slide was begun, on the monotonic clock.
+        self.begun: dict[str, float] = {}
         self.stale: list[SlideTask] = []
         self.finishing = Finishing()
         self.show = ProgressLines(num_blocks=len(self.blocks), every_s=every_s)

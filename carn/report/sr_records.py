@@ -63,7 +63,7 @@ class ConsistencySummary:
         median_db, min_db: over the cells of the slide.
         share_below: part of the cells below the threshold, 0..1.
         threshold_db: what counts as low.
-        low: places below the threshold.
+        low: places below the threshold, of which the worst may stand for all.
         range_db: what the two ends of the heat map's palette mean; by default, those of
             `carn.upscaling.consistency.heat_map_png`.
     """

@@ -151,8 +151,8 @@ class ZarrOutput(SlideOutput):
         return finished
 
     def discard(self) -> None:
-        is_committed = self._resume_commit() is not None
-        if storage.is_file(self._work(_STARTED)) and not is_committed:
+        # Beginning took away any root that was there: one that is there now is this slide's.
+        if storage.is_file(self._work(_STARTED)) and not storage.is_file(self._target(METADATA)):
             self._delete([item.uri for item in self._listed().values()])
             storage.delete_unfinished(self.spec.uri)
             storage.delete_below(self.spec.uri)  # the folders
@@ -213,6 +213,9 @@ class ZarrOutput(SlideOutput):
                 sizes[name] = size
         # What another slide, or another attempt at this one, left here would be read as ours.
         self._delete([there[name].uri for name in there if name not in sizes])
+        folders = {name.split("/")[0] for name in there} - {name.split("/")[0] for name in sizes}
+        for name in folders - {METADATA}:
+            storage.delete_below(self._target(name))  # their empty remains on a local disk
         return set(sizes), sum(sizes.values()), np.concatenate(smallest)
 
 

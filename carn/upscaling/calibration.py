@@ -16,6 +16,7 @@ from torch import nn
 from carn.errors import CarnError, DamagedTileError
 from carn.models.swdnet import SwdNet
 from carn.slides.slide import Rgb
+from carn.upscaling.accuracy import compare
 from carn.upscaling.engine import Engine, reference_engine
 from carn.upscaling.lr_view import LrView
 from carn.upscaling.pooling import MAX_POOLED_PX, Pooling, has_pooling, pool_over
@@ -35,9 +36,9 @@ class Calibration:
     Attributes:
         pooling: what the network's global poolings are frozen at; None where it has none, or where
             each window pools for itself.
-        accuracy_db: PSNR of the engine's 8-bit pixels against the float32 reference's on some of
-            the slide's tissue, over all px and channels; infinite where they are equal, NaN where
-            it was not measured.
+        accuracy_db: PSNR of the engine's results, before they are rounded to 8 bits, against the
+            float32 reference's on some of the slide's tissue, over all px and channels; infinite
+            where they are equal, NaN where it was not measured.
     """
 
     pooling: Pooling | None
@@ -120,10 +121,7 @@ def calibrate(
         reference = reference_engine(model)
         reference.set_pooling(pooling)
         probes = _probes(windows, number=num_probes, halo_px=halo, side_px=side_px)
-        accuracy_db = _psnr(
-            [engine.upscale(probe) for probe in probes],
-            [reference.upscale(probe) for probe in probes],
-        )
+        accuracy_db = compare(engine, reference, probes).psnr_db
     return Calibration(pooling=pooling, accuracy_db=accuracy_db)
 
 
@@ -246,13 +244,3 @@ def _probes(windows: Sequence[Rgb], *, number: int, halo_px: int, side_px: int) 
         side = side_px + 2 * halo_px
         probes.append(np.ascontiguousarray(window[top : top + side, left : left + side]))
     return probes
-
-
-def _psnr(found: Sequence[Rgb], expected: Sequence[Rgb]) -> float:
-    """PSNR in dB over all px and channels of all images, data range 255."""
-    squares = sum(
-        int(((one.astype(np.int32) - other) ** 2).sum())
-        for one, other in zip(found, expected, strict=True)
-    )
-    mean = squares / sum(image.size for image in found)
-    return 10 * math.log10(255**2 / mean) if mean else math.inf

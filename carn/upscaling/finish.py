@@ -1,6 +1,7 @@
 """The last step of a slide: notes beside it, the top of its pyramid, the commit."""
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -26,7 +27,7 @@ from carn.upscaling import consistency
 from carn.upscaling.calibration import Calibration
 from carn.upscaling.lr_view import LrView, open_view
 from carn.upscaling.outbox import mark_done, unmark
-from carn.upscaling.showing import RIM_PX, SHOWN, jpeg
+from carn.upscaling.showing import JPEG_PX, SHOWN, jpeg, rim_px
 from carn.upscaling.task import SlidePlan
 from carn.upscaling.work import calibration_uri, region_of
 
@@ -72,6 +73,7 @@ def finish(
     errors = consistency.join(maps, extent_sr=plan.spec.extent, scale=task.scale)
     heat_map = consistency.heat_map_png(errors)
     accuracy_db = Calibration.from_bytes(storage.read_bytes(calibration_uri(plan))).accuracy_db
+    known_accuracy_db = None if math.isnan(accuracy_db) else accuracy_db
     with closing(open_view(task.uri, task.input, is_image=task.is_image)) as view:
         summary = SlideSummary(
             name=task.name,
@@ -86,9 +88,9 @@ def finish(
             num_blocks_resumed=len(plan.done),
             damage=tuple(damage),
             engine="; ".join(sorted(engines)),
-            accuracy_db=accuracy_db,
+            accuracy_db=known_accuracy_db,
             consistency=_summarized(errors, view, threshold_db=threshold_db),
-            seam=_seam(shown),
+            seam=_seam(shown, task.scale),
             num_inferred_px=num_inferred_px,
             num_background_px=num_background_px,
         )
@@ -146,15 +148,16 @@ def _summarized(
     )
 
 
-def _seam(shown: Mapping[str, Any]) -> Seam | None:
+def _seam(shown: Mapping[str, Any], scale: int) -> Seam | None:
     """The steps at the border between the two blocks that were kept for it."""
     if "rim_left" not in shown or "rim_right" not in shown:
         return None
     left, right = shown["rim_right"], shown["rim_left"]
-    if min(left.shape[1], right.shape[1]) < RIM_PX:
+    if min(left.shape[1], right.shape[1]) < rim_px(scale):
         return None
     both = np.concatenate([left, right], axis=1)
-    return join_seams([seam_profile(both, border_px=left.shape[1], axis=1)])
+    profile = seam_profile(both, border_px=left.shape[1], axis=1, reach_px=JPEG_PX * scale)
+    return join_seams([profile])
 
 
 def _pictures(shown: Mapping[str, Any], scale: int) -> dict[PictureKind, bytes]:

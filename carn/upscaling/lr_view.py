@@ -36,7 +36,7 @@ BICUBIC_SUPPORT_PX = 2
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
-    """Which pixels of a slide are super-resolved. JSON values throughout."""
+    """Which pixels of a slide are super-resolved."""
 
     level: int | None = None
     """Pyramid level, 0 the finest. By default 0, or what --input-mpp leads to."""

@@ -13,10 +13,11 @@ from carn.upscaling.blocks import LrBlock
 from carn.upscaling.task import SlidePlan
 from carn.upscaling.windows import CELL_PX, TissueCells
 
-# Side of the crop, in LR px.
-CROP_PX = CELL_PX
-# SR px on each side of a border that its steps are measured on.
-RIM_PX = 17
+# Side of the crop: wide enough to see nuclei in their tissue, narrow enough for two on a screen.
+CROP_LR_PX, CROP_SR_PX = CELL_PX, 2 * CELL_PX
+# JPEG input has steps of its own every 8 LR px, which block borders fall on: a border is looked at
+# as far as the next of them.
+JPEG_PX = 8
 # Half the side of the picture of a border, in SR px.
 SEAM_PX = 128
 # What records keep under these names.
@@ -56,11 +57,20 @@ def choose_show(
         if cells is None or cells.cells[y // CELL_PX, x // CELL_PX]
     ]
     middle = CELL_PX / 2
-    place = min(
-        candidates or [(x0, y0)],
-        key=lambda xy: (xy[0] + middle - centre[0]) ** 2 + (xy[1] + middle - centre[1]) ** 2,
-    )
-    return row * columns + column, place
+
+    def rank_of(place: tuple[int, int]) -> tuple[float, float]:
+        away = (place[0] + middle - centre[0]) ** 2 + (place[1] + middle - centre[1]) ** 2
+        return -_tissue_share(cells, *place), away
+
+    return row * columns + column, min(candidates or [(x0, y0)], key=rank_of)
+
+
+def _tissue_share(cells: TissueCells | None, x: int, y: int) -> float:
+    """Share of a cell that is tissue by the mask, in tenths: what is near enough counts alike."""
+    if cells is None:
+        return 1.0
+    steps = np.arange(0, CELL_PX, CELL_PX // 16)
+    return round(float(cells.is_tissue(x + steps, y + steps).mean()), 1)
 
 
 def _cells(number: int, side: float) -> slice:
@@ -81,20 +91,26 @@ def shown_facts(plan: SlidePlan, index: int, read: LrBlock, pixels: Rgb) -> dict
     columns = -(-plan.spec.extent[0] // plan.spec.block_px)
     if index == plan.show:
         x, y = plan.show_cell
-        width = min(CROP_PX, plan.lr_extent[0] - x, -(-region.x1 // scale) - x)
-        height = min(CROP_PX, plan.lr_extent[1] - y, -(-region.y1 // scale) - y)
+        side = min(CROP_LR_PX, CROP_SR_PX // scale)
+        width = min(side, plan.lr_extent[0] - x, -(-region.x1 // scale) - x)
+        height = min(side, plan.lr_extent[1] - y, -(-region.y1 // scale) - y)
         left, top = x - region.x, y - region.y
         facts["crop_lr"] = read.pixels[top : top + height, left : left + width]
         left, top = x * scale - region.x0, y * scale - region.y0
         facts["crop_sr"] = pixels[
             max(0, top) : top + height * scale, max(0, left) : left + width * scale
         ]
-        facts["rim_right"] = pixels[:, -RIM_PX:]
+        facts["rim_right"] = pixels[:, -rim_px(scale) :]
         facts["seam_right"] = _middle(pixels)[:, -SEAM_PX:]
     elif index == plan.show + 1 and index % columns:
-        facts["rim_left"] = pixels[:, :RIM_PX]
+        facts["rim_left"] = pixels[:, : rim_px(scale)]
         facts["seam_left"] = _middle(pixels)[:, :SEAM_PX]
     return {name: np.ascontiguousarray(value) for name, value in facts.items()}
+
+
+def rim_px(scale: int) -> int:
+    """SR px on each side of a border between blocks that its steps are measured on."""
+    return JPEG_PX * scale + 1
 
 
 def jpeg(pixels: Rgb) -> bytes:

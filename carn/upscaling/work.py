@@ -226,7 +226,8 @@ class BlockMaker:
         calibration = self._opened(plan).calibration
         assert calibration is not None
         _, fast, reference = self._networks(plan)
-        engine = fast if calibration.accuracy_db >= MIN_ACCURACY_DB else reference
+        # Not a number where nothing could be tried: bf16's networks are those known to be exact.
+        engine = reference if calibration.accuracy_db < MIN_ACCURACY_DB else fast
         if self._current != plan.task.work_uri:
             engine.set_pooling(calibration.pooling)
             self._current = plan.task.work_uri

@@ -45,8 +45,8 @@ def put_together(block, level: int, shape: tuple[int, ...]) -> np.ndarray:
     pixels = np.empty((rows * 16, columns * 16, 3), np.uint8)
     for number, stream in enumerate(streams_of(block, level)):
         colour = int(block.flat[level].flat[number])
-        stream = stream or flat_tile(colour, form=LOSSLESS)
-        tile = np.frombuffer(imagecodecs.zlib_decode(stream), np.uint8).reshape(16, 16, 3)
+        values = imagecodecs.zlib_decode(stream or flat_tile(colour, form=LOSSLESS))
+        tile = np.frombuffer(values, np.uint8).reshape(16, 16, 3)
         y, x = number // columns * 16, number % columns * 16
         pixels[y : y + 16, x : x + 16] = imagecodecs.delta_decode(tile, axis=-2)
     return pixels[: shape[0], : shape[1]]

@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,11 +16,12 @@ import numpy as np
 import openslide
 import pytest
 import pyvips
+import simplejpeg
 import skimage.data
 import tifffile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import ImageCms
 
 from carn import storage, uploads
 from carn.errors import StalePartError, StorageError, UnfinishedError, UploadGoneError
@@ -32,7 +35,6 @@ from carn.slides.slide_output import (
     SlideOutput,
     block_box,
     level_extents,
-    num_block_levels,
     open_output,
 )
 from carn.slides.tiff_output import lay_out
@@ -96,6 +98,13 @@ def psnr(found: Rgb, expected: Rgb) -> float:
     return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
+def assert_is_near(found: Rgb, expected: Rgb, *, subsampling: str = "420") -> None:
+    """As near as JPEG of this quality comes when it is given the level whole."""
+    stream = simplejpeg.encode_jpeg(expected, quality=90, colorsubsampling=subsampling)
+    assert found.shape == expected.shape
+    assert psnr(found, expected) > psnr(simplejpeg.decode_jpeg(stream), expected) - 0.15
+
+
 def levels_by_tifffile(content: bytes) -> list[Rgb]:
     with tifffile.TiffFile(io.BytesIO(content)) as tiff:
         return [page.asarray() for page in tiff.pages]
@@ -136,6 +145,7 @@ def test_lossless_levels_are_exactly_those_of_the_whole_image(
     assert [path.name for path in tmp_path.iterdir()] == ["slide.tif"]
 
 
+@settings(max_examples=30)
 @given(
     width=st.integers(1, 2200),
     height=st.integers(1, 40),
@@ -162,7 +172,8 @@ def test_every_reader_opens_it(tissue: Rgb, tmp_path: Path, subsampling: str) ->
     form = replace(JPEG, subsampling=subsampling)
     spec = spec_of(tmp_path, pixels, form, mpp=(0.25, 0.26))
     written(spec, pixels)
-    levels = list(pyramid_levels(pixels))
+    levels = [np.ascontiguousarray(level) for level in pyramid_levels(pixels)]
+    # Level 0 is grainy tissue; the coarser ones are sharper, and cost JPEG more.
     extents = tuple((level.shape[1], level.shape[0]) for level in levels)
     assert len(extents) == 3
 
@@ -172,9 +183,12 @@ def test_every_reader_opens_it(tissue: Rgb, tmp_path: Path, subsampling: str) ->
         assert [level.downsample for level in slide.levels] == [1, 2, 4]
         assert (slide.properties.mpp_x, slide.properties.mpp_y) == pytest.approx((0.25, 0.26))
         assert slide.properties.icc_profile == ICC
+        assert psnr(slide.read_region(0, 0, *extents[0]), pixels) > (
+            38 if subsampling == "420" else 39
+        )
         for number, expected in enumerate(levels):
             found = slide.read_region(0, 0, *extents[number], level=number)
-            assert psnr(found, expected) > 38
+            assert_is_near(found, expected, subsampling=subsampling)
     with openslide.OpenSlide(spec.uri) as slide:
         assert slide.level_dimensions == extents
         assert slide.properties["openslide.vendor"] == "generic-tiff"
@@ -184,11 +198,11 @@ def test_every_reader_opens_it(tissue: Rgb, tmp_path: Path, subsampling: str) ->
         assert not slide.associated_images
         for number, expected in enumerate(levels):
             found = slide.read_region((0, 0), number, extents[number])
-            assert psnr(np.asarray(found)[..., :3], expected) > 38
+            assert_is_near(np.asarray(found)[..., :3], expected, subsampling=subsampling)
             assert np.asarray(found)[..., 3].min() == 255
     with tifffile.TiffFile(spec.uri) as tiff:
         for number, page in enumerate(tiff.pages):
-            assert psnr(page.asarray(), levels[number]) > 38
+            assert_is_near(page.asarray(), levels[number], subsampling=subsampling)
             num, den = page.tags["XResolution"].value
             assert 10_000 * den / num == pytest.approx(0.25 * 2**number)
             assert page.tags[34675].value == ICC
@@ -197,7 +211,7 @@ def test_every_reader_opens_it(tissue: Rgb, tmp_path: Path, subsampling: str) ->
         image = pyvips.Image.tiffload(spec.uri, page=number)
         assert (image.width, image.height) == extents[number]
         assert 1000 / image.xres == pytest.approx(0.25 * 2**number)
-        assert psnr(image.numpy(), expected) > 38
+        assert_is_near(image.numpy(), expected, subsampling=subsampling)
 
 
 def test_openslide_and_vips_open_what_is_lossless(tissue: Rgb, tmp_path: Path) -> None:
@@ -230,7 +244,7 @@ def test_a_real_slide_comes_out_as_it_went_in(shared_data: Path, tmp_path: Path)
     with open_slide(spec.uri) as slide:
         for number, expected in enumerate(pyramid_levels(pixels)):
             size = expected.shape[1::-1]
-            assert psnr(slide.read_region(0, 0, *size, level=number), expected) > 38
+            assert_is_near(slide.read_region(0, 0, *size, level=number), expected)
 
 
 def test_blank_blocks_cost_nothing(tissue: Rgb, tmp_path: Path) -> None:
@@ -337,31 +351,36 @@ def test_the_layout_covers_the_file_without_gap_or_overlap(sizes: list[int], sta
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path)
-    # moto enforces the size of parts at the completion only, so the file is one part there.
-    request.getfixturevalue("monkeypatch").setattr(uploads, "MIN_PART_BYTES", 20_000)
     return request.getfixturevalue("s3").uri("out")
 
 
 @pytest.fixture
 def unlimited_parts(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An object store that joins parts of any size."""
+    """An object store that joins parts of any size, as the tests' small slides want it."""
     if storage.is_s3(folder):
+        if "CARN_TEST_S3_ENDPOINT" in os.environ:
+            pytest.skip("a real object store joins no parts as small as this slide's")
         monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def whole(tissue: Rgb, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The slide of `pixels` written without a break."""
     folder = tmp_path_factory.mktemp("whole")
     pixels = pixels_of(tissue)
-    return Path(written(spec_of(folder, pixels), pixels).uri).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploads, "MIN_PART_BYTES", 20_000)
+        return Path(written(spec_of(folder, pixels), pixels).uri).read_bytes()
+
+
+NUM_BLOCKS = 10
+LARGE, BLANK = {0, 4, 6}, 2
 
 
 def pixels_of(tissue: Rgb) -> Rgb:
-    """9 blocks, and levels beyond theirs; blocks 2, 5 and 8 are small, 5 is blank."""
-    pixels = np.tile(tissue, (2, 2, 1))[:768, :2050].copy()
-    pixels = np.concatenate([pixels, pixels[:, :300]], axis=1)[:, :700]
-    pixels[256:512, 512:] = 255
+    """Two levels, 2 x 5 blocks: LARGE are parts of their own, BLANK is white, others are small."""
+    pixels = tissue[:1100, :330].copy()
+    pixels[256:512, :256] = 255
     return pixels
 
 
@@ -377,12 +396,12 @@ def test_a_slide_is_resumed_by_another_process(tissue: Rgb, folder: str, whole: 
     assert second.done_blocks() == {0, 1, 2, 5, 7}
     with pytest.raises(UnfinishedError) as caught:
         second.finish(icc_profile=ICC)
-    assert caught.value.blocks == (3, 4, 6, 8)
+    assert caught.value.blocks == (3, 4, 6, 8, 9)
     assert not storage.is_file(spec.uri)
     assert len(uploads.list_uploads(folder)) == 1
-    write(second, pixels, [3, 4, 6, 8])
+    write(second, pixels, [3, 4, 6, 8, 9])
     facts = dict(second.block_facts())
-    assert list(facts) == list(range(9))
+    assert list(facts) == list(range(NUM_BLOCKS))
     assert facts[4]["index"] == 4
     assert facts[4]["mean"] == 1.5
     assert facts[4]["name"] == "b4"
@@ -400,15 +419,15 @@ def test_what_storage_no_longer_has_is_done_again(tissue: Rgb, folder: str, whol
     [upload] = uploads.list_uploads(folder)
     uploads.put_part(spec.uri, upload.upload_id, 2 + 4, bytes(30_000))  # somebody else's part
     payloads = storage.list_objects(storage.join(spec.work_uri, "payloads"))
-    [small] = [item.uri for item in payloads if "/000002." in item.uri]
+    [small] = [item.uri for item in payloads if "/000003." in item.uri]
     storage.delete([small])
     storage.write_bytes(storage.join(spec.work_uri, "blocks", "000007.npz"), b"no record")
-    others = set(range(9)) - {2, 4, 7}
+    others = set(range(NUM_BLOCKS)) - {3, 4, 7}
     assert output.done_blocks() == others
-    with pytest.raises(UnfinishedError, match="blocks 2, 4, 7"):
+    with pytest.raises(UnfinishedError, match="blocks 3, 4, 7"):
         output.finish(icc_profile=ICC)
     assert {index for index, _ in output.block_facts()} == others
-    write(output, pixels, [2, 4, 7])
+    write(output, pixels, [3, 4, 7])
     output.finish(icc_profile=ICC)
     assert storage.read_bytes(spec.uri) == whole
 
@@ -421,12 +440,12 @@ def test_a_small_block_that_was_altered_is_done_again(
     output = open_output(spec)
     write(output, pixels)
     for item in storage.list_objects(storage.join(spec.work_uri, "payloads")):
-        if "/000002." in item.uri:
+        if "/000003." in item.uri:
             storage.write_bytes(item.uri, bytes(item.size))  # as long as before
     with pytest.raises(UnfinishedError) as caught:
         output.finish(icc_profile=ICC)
-    assert caught.value.blocks == (2,)
-    write(output, pixels, [2])
+    assert caught.value.blocks == (3,)
+    write(output, pixels, [3])
     output.finish(icc_profile=ICC)
     assert Path(spec.uri).read_bytes() == whole
 
@@ -441,11 +460,11 @@ def test_an_upload_that_was_aborted_begins_anew(tissue: Rgb, folder: str, whole:
     uploads.abort(spec.uri, upload.upload_id)
     with pytest.raises(UploadGoneError):
         output.write_block(0, cut(spec, pixels, 0), facts={})
-    small = {2, 5, 8}
+    small = set(range(NUM_BLOCKS)) - LARGE
     assert output.done_blocks() == small
     output.begin()
     assert output.done_blocks() == small
-    write(output, pixels, set(range(9)) - small)
+    write(output, pixels, LARGE)
     output.finish(icc_profile=ICC)
     assert storage.read_bytes(spec.uri) == whole
     assert not uploads.list_uploads(folder)
@@ -510,9 +529,11 @@ def test_a_finish_that_was_killed_anywhere_is_finished_by_the_next(
 ) -> None:
     pixels = pixels_of(tissue)
     number, is_over = 0, False
+    write(open_output(spec_of(tmp_path / "written", pixels)), pixels)
     while not is_over:
+        # Nothing in the folder of a slide knows where it lies.
+        shutil.copytree(tmp_path / "written", tmp_path / f"{number}")
         spec = spec_of(tmp_path / f"{number}", pixels)
-        write(open_output(spec), pixels)
         with pytest.MonkeyPatch.context() as patch:
             [arm] = _calls_to_kill(patch)
             arm(number)
@@ -525,9 +546,9 @@ def test_a_finish_that_was_killed_anywhere_is_finished_by_the_next(
                 if Path(spec.work_uri, "commit.npz").exists() or not Path(spec.uri).exists():
                     output = open_output(spec)
                     output.begin()
-                    assert output.done_blocks() == set(range(9))
+                    assert output.done_blocks() == set(range(NUM_BLOCKS))
                     finished = output.finish(icc_profile=ICC)
-                    assert max(finished.thumbnail.shape) == 768
+                    assert max(finished.thumbnail.shape) == 550
         assert Path(spec.uri).read_bytes() == whole
         assert not list(tmp_path.glob(f"{number}/work/blocks/*"))
         number += 1
@@ -553,13 +574,13 @@ def test_a_part_replaced_at_the_last_moment_is_named(
     write(output, pixels)
 
     def complete(uri: str, upload_id: str, parts: Any) -> Any:
-        raise StalePartError(uri, (2 + 3, 2 + 1))
+        raise StalePartError(uri, (2 + 4, 2 + 0))
 
     monkeypatch.setattr(uploads, "complete", complete)
     with pytest.raises(UnfinishedError) as caught:
         output.finish(icc_profile=ICC)
-    assert caught.value.blocks == (1, 3)
-    assert output.done_blocks() == set(range(9)) - {1, 3}
+    assert caught.value.blocks == (0, 4)
+    assert output.done_blocks() == set(range(NUM_BLOCKS)) - {0, 4}
 
 
 @pytest.mark.usefixtures("unlimited_parts")
@@ -567,7 +588,7 @@ def test_discard_leaves_nothing(tissue: Rgb, folder: str) -> None:
     pixels = pixels_of(tissue)
     spec = spec_of(folder, pixels)
     output = open_output(spec)
-    write(output, pixels, [0, 2])
+    write(output, pixels, [0, 3])
     output.discard()
     assert not storage.list_objects(folder)
     assert not uploads.list_uploads(folder)
@@ -630,5 +651,3 @@ def test_a_spec_travels_as_text() -> None:
     spec = spec_of("a", np.zeros((300, 200, 3), np.uint8), provenance={"b": [1, {"c": "ü"}]})
     assert OutputSpec.from_json(spec.to_json()) == spec
     assert OutputSpec.from_json(replace(spec, mpp=None).to_json()).mpp is None
-    assert num_block_levels(spec) == 1
-    assert Image.MAX_IMAGE_PIXELS is not None
