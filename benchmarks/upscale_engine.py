@@ -14,15 +14,16 @@ With --full also:
   engine fp32    the engine in fp32
 
 What is predicted, and why:
-  best_over_eager >= 4      bf16 does twice the products, memory that is kept spares the faults that
-                            eager spends half of its time in, channels_last the reordering, folding
-                            a tenth of the products and the gates' passes: 4.8 was seen on quiet cores
+  best_over_eager >= 4      bf16 does twice the products, kept memory spares the faults that eager
+                            spends half of its time in, channels_last the reordering, folding a
+                            tenth of the products and the gates' passes: 4.8 was seen once
   share_of_floor >= 0.7     of a large bf16 product on the same threads in the same run: 33 of 35
                             convolutions are bf16 and large; the rest, adds and ReLUs are not
   over_eager grows with the window: eager's activations leave the caches and are faulted in anew
 
-`best_over_eager` compares each side at the size that suits it; `over_eager` both at one size: each
-is the median over rounds, and `spread` the range of a row's rounds by their median.
+`best_over_eager` compares each side at the size that suits it, `over_eager` both at one size; both
+are medians over rounds. Time is wall-clock, and a busy machine shows in `spread`, the range of a
+row's rounds by their median; `best_over_eager_cpu` is the same ratio in CPU time of the processes.
 
 Examples:
   python benchmarks/upscale_engine.py
@@ -53,16 +54,19 @@ from carn.models.checkpoint import load_model
 from carn.models.cost import count_flops
 from carn.models.table import build_model
 from carn.slides.slide import Rgb
-from carn.upscaling.engine import EngineConfig, make_engine
+from carn.upscaling.engine import EngineConfig, make_engine, reference_engine
 from carn.upscaling.folding import fold
 from carn.upscaling.pooling import has_pooling, pool_over
 
 SIDES_PX = (128, 256, 512)
-# LR px that a row super-resolves in a round at each size: about a second of an engine.
-ROUND_PX = 2 * 512**2
+# LR px that a row super-resolves in a round at each size: two seconds of an engine.
+ROUND_PX = 512**2
 MIN_ROUNDS = 3
 PRODUCT_SIDE = 2048
 SEED = 7
+
+# By row and size, one for each round.
+Seconds = dict[tuple[str, int], list[float]]
 
 ROWS: dict[str, EngineConfig | None] = {
     "eager": None,
@@ -118,9 +122,10 @@ class Row:
         model = make_model(checkpoint)
         self._model = model
         config = ROWS[name]
-        halo_px = -(-model.receptive_radius_px // 4) * 4  # type: ignore[operator]
-        self._crop = halo_px * model.scale  # type: ignore[operator]
         self._engine = None if config is None else make_engine(model, config)
+        plain = reference_engine(model)
+        halo_px = plain.halo_px
+        self._crop = halo_px * plain.scale
         if self._engine is not None and has_pooling(model):
             pooling = pool_over(model, [draw_window(256)], halo_px=halo_px)
             self._engine.set_pooling(pooling)
@@ -128,7 +133,8 @@ class Row:
     def upscale(self, window: Rgb) -> Rgb:
         """SR of the window's interior."""
         if self._engine is not None:
-            return self._engine.upscale(window)
+            sr: Rgb = self._engine.upscale(window)
+            return sr
         with torch.inference_mode():
             lr = torch.from_numpy(window).permute(2, 0, 1)[None].contiguous().float() / 255
             sr = self._model(lr)[0, :, self._crop : -self._crop, self._crop : -self._crop]
@@ -136,13 +142,13 @@ class Row:
             found: Rgb = levels.permute(1, 2, 0).contiguous().numpy()
             return found
 
-    def seconds(self, side_px: int) -> float:
-        """Wall-clock seconds for ROUND_PX in windows of a size."""
+    def seconds(self, side_px: int) -> tuple[float, float]:
+        """Wall-clock and CPU seconds for ROUND_PX in windows of a size."""
         window = draw_window(side_px)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(ROUND_PX // side_px**2):
             self.upscale(window)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
 
 
 def floor_flops(threads: int) -> float:
@@ -181,9 +187,15 @@ class Case:
         self._pipe.close()
         self._process.join()
 
-    def run(self, side_px: int) -> float:
-        """Seconds for ROUND_PX; for a size of 0 the floor's FLOP/s."""
+    def run(self, side_px: int) -> tuple[float, float]:
+        """Wall-clock and CPU seconds for ROUND_PX."""
         self._pipe.send(side_px)
+        found: tuple[float, float] = self._pipe.recv()
+        return found
+
+    def floor_flops(self) -> float:
+        """FLOP/s of a large product."""
+        self._pipe.send(None)
         found: float = self._pipe.recv()
         return found
 
@@ -198,7 +210,7 @@ def _serve(pipe: Connection, name: str, checkpoint: str | None, threads: int) ->
             side_px = pipe.recv()
         except EOFError:  # the other end is closed: no more is asked for
             return
-        pipe.send(row.seconds(side_px) if side_px else floor_flops(threads))
+        pipe.send(floor_flops(threads) if side_px is None else row.seconds(side_px))
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -207,10 +219,9 @@ def _serve(pipe: Connection, name: str, checkpoint: str | None, threads: int) ->
 def measure(bench: BenchUpscale) -> dict[str, Any]:
     """The figures of this benchmark."""
     names = list(ROWS) if bench.full else ["eager", "engine"]
-    seconds: dict[tuple[str, int], list[float]] = {
-        (name, side): [] for name in names for side in SIDES_PX
-    }
-    floors = []
+    wall: Seconds = {(name, side): [] for name in names for side in SIDES_PX}
+    cpu: Seconds = {key: [] for key in wall}
+    floors: list[float] = []
     with ExitStack() as stack:
         cases = {name: stack.enter_context(Case(name, bench)) for name in names}
         start, longest = time.monotonic(), 0.0
@@ -218,8 +229,9 @@ def measure(bench: BenchUpscale) -> dict[str, Any]:
             round_start = time.monotonic()
             for side in SIDES_PX:
                 for name in names:
-                    seconds[name, side].append(cases[name].run(side))
-            floors.append(cases["engine"].run(0))
+                    for found, value in zip((wall, cpu), cases[name].run(side), strict=True):
+                        found[name, side].append(value)
+            floors.append(cases["engine"].floor_flops())
             names.reverse()
             longest = max(longest, time.monotonic() - round_start)
     model = make_model(bench.checkpoint)
@@ -229,40 +241,40 @@ def measure(bench: BenchUpscale) -> dict[str, Any]:
         name: count_flops(network, lr_px=(256, 256), with_biases=False) / 256**2
         for name, network in (("plain", model), ("folded", fold(model, pooling)))
     }
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
-    number = len(floors)
-    best = {
-        name: [min(seconds[name, side][at] for side in SIDES_PX) for at in range(number)]
-        for name in ("eager", "engine")
-    }
+    medians = {key: statistics.median(values) for key, values in wall.items()}
     return {
-        "best_over_eager": statistics.median(
-            eager / ours for eager, ours in zip(best["eager"], best["engine"], strict=True)
-        ),
+        "best_over_eager": _ratio(_best(wall, "eager"), _best(wall, "engine")),
+        "best_over_eager_cpu": _ratio(_best(cpu, "eager"), _best(cpu, "engine")),
         "over_eager": {
-            side: statistics.median(
-                eager / ours
-                for eager, ours in zip(seconds["eager", side], seconds["engine", side], strict=True)
-            )
-            for side in SIDES_PX
+            side: _ratio(wall["eager", side], wall["engine", side]) for side in SIDES_PX
         },
         "share_of_floor": statistics.median(
             flop["folded"] * ROUND_PX / ours / floor
-            for ours, floor in zip(best["engine"], floors, strict=True)
+            for ours, floor in zip(_best(wall, "engine"), floors, strict=True)
         ),
         "lr_kpx_per_s": {
             name: {side: ROUND_PX / medians[name, side] / 1e3 for side in SIDES_PX}
-            for name in dict.fromkeys(name for name, _ in seconds)
+            for name in dict.fromkeys(name for name, _ in wall)
         },
         "spread": {
             f"{name} {side}": (max(values) - min(values)) / medians[name, side]
-            for (name, side), values in seconds.items()
+            for (name, side), values in wall.items()
         },
         "floor_gflops": statistics.median(floors) / 1e9,
         "mflop_per_lr_px": {name: value / 1e6 for name, value in flop.items()},
-        "rounds": number,
+        "rounds": len(floors),
         "threads": bench.threads,
     }
+
+
+def _best(seconds: Seconds, name: str) -> list[float]:
+    """What a row took in each round at the size that suited it best."""
+    return [min(values) for values in zip(*(seconds[name, side] for side in SIDES_PX), strict=True)]
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    """Median over rounds of how many times the second's time the first's is."""
+    return statistics.median(one / other for one, other in zip(theirs, ours, strict=True))
 
 
 def profile(bench: BenchUpscale) -> None:

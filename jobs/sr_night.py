@@ -349,6 +349,10 @@ class Night:
             if slide not in wave.failed:
                 wave.failed.add(slide)
                 wave.board.cancel.remote(slide)
+                if facts.get("is_stale"):
+                    logger.warning("%s; what is missing is made again", facts["reason"])
+                    wave.stale.append(plan.task)
+                    return
                 self._set(plan.task.name, status="failed", reason=facts["reason"])
                 logger.warning("%s failed: %s", plan.task.name, facts["reason"])
             return
@@ -400,7 +404,7 @@ class Night:
             logger.info("%s is finished: %s", name, plan.task.output_uri)
             return None
         if "stale" in outcome:
-            logger.warning("%s: %s; these are made again", name, outcome["stale"])
+            logger.warning("%s; what is missing is made again", outcome["stale"])
             return plan.task
         self._set(name, status="failed", reason=outcome["reason"])
         logger.warning("%s failed: %s", name, outcome["reason"])

@@ -22,7 +22,7 @@ import ray
 import ray.data
 from ray.util import metrics
 
-from carn.errors import CarnError
+from carn.errors import CarnError, UploadGoneError
 from carn.upscaling.blocks import LrBlock
 from carn.upscaling.engine import EngineConfig
 from carn.upscaling.task import SlidePlan
@@ -38,6 +38,7 @@ CALIBRATION_TURN_S = 300.0
 CALIBRATION_POLL_S = 0.5
 
 Verdict = Literal["go", "cancelled", "stopped", "deadly"]
+Turn = Literal["yours", "another's", "cancelled", "stopped"]
 
 
 class Board:
@@ -47,7 +48,7 @@ class Board:
         self._begun: dict[str, int] = {}
         self._cancelled: set[int] = set()
         self._is_stopped = False
-        self._turns: dict[int, float] = {}
+        self._turns: dict[int, tuple[str, float]] = {}
 
     def begin(self, slide: int, block: int) -> Verdict:
         """Ask before a block is begun; `deadly` when it has taken its process down too often."""
@@ -71,13 +72,23 @@ class Board:
         """No block at all is to be begun any more."""
         self._is_stopped = True
 
-    def may_calibrate(self, slide: int) -> bool:
-        """Whether the caller is the one to do it; the others wait for what it writes."""
+    def take_turn(self, slide: int, actor: str) -> Turn:
+        """Ask whose turn it is to calibrate a slide; the others wait for what that one writes."""
+        if self._is_stopped:
+            return "stopped"
+        if slide in self._cancelled:
+            return "cancelled"
         now = time.monotonic()
-        if now - self._turns.get(slide, -CALIBRATION_TURN_S) < CALIBRATION_TURN_S:
-            return False
-        self._turns[slide] = now
-        return True
+        holder, since = self._turns.get(slide, ("", 0.0))
+        # An actor that asks again was restarted in the middle of it.
+        if holder not in ("", actor) and now - since < CALIBRATION_TURN_S:
+            return "another's"
+        self._turns[slide] = actor, now
+        return "yours"
+
+    def end_turn(self, slide: int) -> None:
+        """The calibration is on storage, or failed: nobody need wait for whoever tried."""
+        self._turns.pop(slide, None)
 
 
 def make_board() -> Any:
@@ -233,7 +244,11 @@ class Upscaler:
         known["wait_s"] = time.perf_counter() - self._idle_since
         try:
             plan = self._plans[slide]
-            self._calibrate(slide, plan)
+            turn = self._calibrate(slide, plan)
+            if turn != "go":
+                self._board.end.remote(slide, block)
+                made["facts"] = _not_begun(turn)
+                return made, None
             pixels = row.get("pixels")
             read = None if pixels is None else LrBlock.from_bytes(pixels)
             pending, facts = self._maker.begin_block(plan, block, read)
@@ -256,13 +271,21 @@ class Upscaler:
             row["facts"] |= _failure(error)
         self._meters.count(row["facts"])
 
-    def _calibrate(self, slide: int, plan: SlidePlan) -> None:
+    def _calibrate(self, slide: int, plan: SlidePlan) -> Verdict:
         """Have the slide's calibration at hand: from storage, or made here if it is our turn."""
+        actor = ray.get_runtime_context().get_actor_id()
         while not self._maker.has_calibration(plan):
-            if ray.get(self._board.may_calibrate.remote(slide)):
-                self._maker.calibrate(plan)
-            else:
+            turn: Turn = ray.get(self._board.take_turn.remote(slide, actor))
+            if turn == "yours":
+                try:
+                    self._maker.calibrate(plan)
+                finally:
+                    self._board.end_turn.remote(slide)
+            elif turn == "another's":
                 time.sleep(CALIBRATION_POLL_S)
+            else:
+                return turn
+        return "go"
 
 
 class _Meters:
@@ -300,8 +323,9 @@ def run_blocks(
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Make blocks; yields (slide, block, facts) as they are done, roughly in order.
 
-    Facts are what `BlockMaker` says of a block, or `reason` (why it failed), or `verdict`
-    ("cancelled", "stopped": it was not begun). A block that Ray loses for good is not yielded.
+    Facts are what `BlockMaker` says of a block, or `reason` (why it failed; with `is_stale` where
+    the slide's upload is gone), or `verdict` ("cancelled", "stopped": it was not begun). A block
+    that Ray loses for good is not yielded.
 
     Args:
         plans: the slides.
@@ -352,6 +376,8 @@ def _not_begun(verdict: Verdict) -> dict[str, Any]:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, UploadGoneError):
+        return {"reason": str(error), "is_stale": True}
     if isinstance(error, CarnError):
         return {"reason": str(error)}
     logger.error("process %d: %s", os.getpid(), traceback.format_exc())

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import ray
 
-from carn.errors import CarnError, UnfinishedError
+from carn.errors import CarnError, UnfinishedError, UploadGoneError
 from carn.report.page import format_count
 from carn.upscaling.finish import finish
 from carn.upscaling.lr_view import open_view
@@ -61,7 +61,7 @@ def finish_unit(plan: str, threshold_db: float, has_pictures: bool) -> dict[str,
         summary, pictures = finish(
             SlidePlan.from_json(plan), threshold_db=threshold_db, has_pictures=has_pictures
         )
-    except UnfinishedError as error:
+    except (UnfinishedError, UploadGoneError) as error:
         return {"stale": str(error)}
     except CarnError as error:
         return {"reason": str(error)}

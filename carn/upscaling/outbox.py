@@ -119,8 +119,11 @@ def judge(tasks: Sequence[SlideTask], *, overwrite: bool) -> list[tuple[Status, 
     """
     if not tasks:
         return []
-    below = storage.join(tasks[0].output, "_state", "done")
-    done = {item.uri for item in storage.list_objects(below)}
+    if len(tasks) < NUM_THREADS:
+        done = {task.done_uri for task in tasks if storage.is_file(task.done_uri)}
+    else:
+        below = storage.join(tasks[0].output, "_state", "done")
+        done = {item.uri for item in storage.list_objects(below)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(lambda task: _judge(task, done, overwrite=overwrite), tasks))
 
