@@ -68,7 +68,8 @@ def draw(side_px: int) -> Rgb:
     for blot_px, height in ((32, 40), (8, 25), (1, 5)):
         coarse = rng.normal(0, height, (side_px // blot_px + 1, side_px // blot_px + 1, 3))
         pixels += coarse.repeat(blot_px, 0).repeat(blot_px, 1)[:side_px, :side_px]
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    drawn: Rgb = np.clip(pixels, 0, 255).astype(np.uint8)
+    return drawn
 
 
 def make_rows(

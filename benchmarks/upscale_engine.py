@@ -111,7 +111,8 @@ def draw_window(side_px: int) -> Rgb:
     for blot_px, height in ((32, 40), (8, 25), (1, 5)):
         coarse = rng.normal(0, height, (side_px // blot_px, side_px // blot_px, 3))
         pixels += coarse.repeat(blot_px, 0).repeat(blot_px, 1)
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    drawn: Rgb = np.clip(pixels, 0, 255).astype(np.uint8)
+    return drawn
 
 
 class Row:
@@ -133,8 +134,7 @@ class Row:
     def upscale(self, window: Rgb) -> Rgb:
         """SR of the window's interior."""
         if self._engine is not None:
-            sr: Rgb = self._engine.upscale(window)
-            return sr
+            return self._engine.upscale(window)
         with torch.inference_mode():
             lr = torch.from_numpy(window).permute(2, 0, 1)[None].contiguous().float() / 255
             sr = self._model(lr)[0, :, self._crop : -self._crop, self._crop : -self._crop]

@@ -421,7 +421,7 @@ def _create_object(uri: str, content: bytes) -> bool:
             return True
         except StorageError as error:
             code = error_code(error)
-            if code == "PreconditionFailed":
+            if code in ("PreconditionFailed", "412"):  # the latter where its answer broke off
                 break
             # Others write it at this moment: who won shows when they are done.
             if code != "ConditionalRequestConflict" or attempt == CREATE_ATTEMPTS:

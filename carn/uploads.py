@@ -144,9 +144,10 @@ def list_parts(uri: str, upload_id: str) -> dict[int, Part]:
 def complete(uri: str, upload_id: str, parts: Sequence[Part]) -> ObjectStat:
     """Join these parts, in the order of their numbers: the object appears, whole, in one step.
 
-    Parts of the upload that are not given are dropped. An upload that has been completed with
-    these very parts (its answer was lost, or its process killed) counts as completed by this call.
-    A local folder needs room for the parts twice while they are joined.
+    An upload that has been completed with these very parts (its answer was lost, or its process
+    killed) counts as completed by this call. Parts of the upload that are not given are dropped,
+    except by Ceph, which refuses: give all. A local folder needs room for the parts twice while
+    they are joined.
 
     Raises:
         ValueError: no parts, or two of one number.
@@ -162,14 +163,15 @@ def complete(uri: str, upload_id: str, parts: Sequence[Part]) -> ObjectStat:
         stale = tuple(part.number for part in parts if there.get(part.number) != part)
         if stale:
             raise StalePartError(uri, stale)
-        if storage.is_s3(uri):
-            return _complete_object(uri, upload_id, parts)
-        _join_files(uri, upload_id, parts)
+        join = _join_object if storage.is_s3(uri) else _join_files
+        join(uri, upload_id, parts)
     except (UploadGoneError, StalePartError):
         if not _is_completed(uri, parts):
             raise
-    with suppress(StorageError):  # what is left of the upload is no reason to undo it
-        abort(uri, upload_id)
+    if not storage.is_s3(uri):
+        with suppress(StorageError):  # part files that cannot be removed undo nothing
+            abort(uri, upload_id)
+    # Asked for, as Ceph's answer to a completion has no tag.
     return storage.stat(uri)
 
 
@@ -225,26 +227,36 @@ def _gone(uri: str, upload_id: str) -> UploadGoneError:
     )
 
 
-def _complete_object(uri: str, upload_id: str, parts: Sequence[Part]) -> ObjectStat:
+def _join_object(uri: str, upload_id: str, parts: Sequence[Part]) -> None:
     bucket, key = split_object(uri)
     named = [{"PartNumber": part.number, "ETag": f'"{part.etag}"'} for part in parts]
     try:
         with _upload_errors(uri, upload_id):
-            answer = s3_client().complete_multipart_upload(
+            s3_client().complete_multipart_upload(
                 Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": named}
             )
     except StorageError as error:
-        if error_code(error) == "InvalidPart":  # replaced since they were listed
-            there = list_parts(uri, upload_id)
-            stale = [part.number for part in parts if there.get(part.number) != part]
-            raise StalePartError(uri, tuple(stale or (part.number for part in parts))) from error
-        if error_code(error) == "EntityTooSmall":
+        code = error_code(error)
+        if code == "InvalidPart":
+            raise _invalid_part(uri, upload_id, parts) from error
+        if code == "EntityTooSmall":
             small = [part.number for part in parts[:-1] if part.size < MIN_PART_BYTES]
             reason = f"parts {small[:20]} are smaller than {MIN_PART_BYTES:,} bytes"
             raise StorageError(uri, f"{reason}, as only the last may be") from error
         raise
-    size = sum(part.size for part in parts)
-    return ObjectStat(uri=uri, size=size, etag=answer["ETag"].strip('"'))
+
+
+def _invalid_part(uri: str, upload_id: str, parts: Sequence[Part]) -> StorageError:
+    there = list_parts(uri, upload_id)
+    stale = tuple(part.number for part in parts if there.get(part.number) != part)
+    others = sorted(there.keys() - {part.number for part in parts})
+    if others and not stale:
+        return StorageError(
+            uri,
+            f"the upload {upload_id} has parts {others[:20]} besides those to be joined, and this "
+            "store (as Ceph does) joins all or none; abort it and begin another",
+        )
+    return StalePartError(uri, stale or tuple(part.number for part in parts))
 
 
 def _list_multipart(prefix_uri: str) -> list[UploadInfo]:
@@ -348,18 +360,22 @@ def _newest(folder: Path, versions: list[Part]) -> Part:
 
 
 def _join_files(uri: str, upload_id: str, parts: Sequence[Part]) -> None:
-    folder, path = _folder_of(uri, upload_id), Path(uri)
-    with storage.local_errors(uri), storage.temporary_beside(path) as temporary:
-        with temporary.open("wb", buffering=0) as target:
-            for part in parts:
-                try:
-                    copied = _append(folder / _file_name(part), target)
-                except FileNotFoundError as error:
-                    raise StalePartError(uri, (part.number,)) from error
-                if copied != part.size:
-                    raise StalePartError(uri, (part.number,))
-            os.fsync(target.fileno())
-        temporary.replace(path)
+    folder = _folder_of(uri, upload_id)
+    try:
+        # Among the parts: what a killed process leaves goes with them.
+        with storage.local_errors(uri), storage.temporary_beside(folder / "joined") as temporary:
+            with temporary.open("wb", buffering=0) as target:
+                for part in parts:
+                    try:
+                        copied = _append(folder / _file_name(part), target)
+                    except FileNotFoundError as error:
+                        raise StalePartError(uri, (part.number,)) from error
+                    if copied != part.size:
+                        raise StalePartError(uri, (part.number,))
+                os.fsync(target.fileno())
+            temporary.replace(uri)
+    except MissingObjectError as error:
+        raise _gone(uri, upload_id) from error
 
 
 def _append(path: Path, target: FileIO) -> int:

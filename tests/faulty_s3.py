@@ -20,8 +20,8 @@ from urllib.parse import parse_qs, urlsplit
 #   error_in_200  a 200 answer with the error in its body; the server sees nothing
 #   drop          the connection closes without an answer; the server sees nothing
 #   cut_upload    the connection closes half way through the request's body
-#   cut_answer    the server does it, half of its answer arrives: of the body, or where there is none
-#                 of the first line
+#   cut_answer    the server does it, half of its answer arrives: of the body, or, where there is
+#                 none, of the first line
 #   lose_answer   the server does it, the connection closes without an answer
 #   delay         the server does it, after a while
 Kind = Literal["refuse", "error_in_200", "drop", "cut_upload", "cut_answer", "lose_answer", "delay"]

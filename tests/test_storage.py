@@ -1,13 +1,17 @@
 """Storage: the same behaviour on a local folder and on an object store."""
 
+import contextlib
+import errno
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +222,91 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
     assert path.read_bytes() == b"newer"
 
 
+# ------------------------------------------------------------------------------ one of many writes
+
+
+def test_what_is_created_is_there_once(root: str) -> None:
+    uri = storage.join(root, "deep", "a.json")
+    assert storage.create_bytes(uri, b"first")
+    assert not storage.create_bytes(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    storage.delete([uri])
+    assert storage.create_bytes(uri, b"third")
+    assert storage.read_bytes(uri) == b"third"
+    assert [item.uri for item in storage.list_objects(root)] == [uri]
+
+
+def test_one_of_many_racers_creates(root: str) -> None:
+    contents = [f"racer {number}".encode() * 1000 for number in range(8)]
+    start = threading.Barrier(len(contents))
+    for turn in range(5):
+        uri = storage.join(root, f"{turn}.json")
+
+        def create(content: bytes, uri: str = uri) -> bool:
+            start.wait()
+            return storage.create_bytes(uri, content)
+
+        with ThreadPoolExecutor(len(contents)) as pool:
+            won = list(pool.map(create, contents))
+        assert won.count(True) == 1
+        assert storage.read_bytes(uri) == contents[won.index(True)]
+    assert len(storage.list_objects(root)) == 5
+
+
+def test_created_files_have_the_usual_mode_and_leave_no_litter(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    for _ in range(2):
+        storage.create_bytes(str(tmp_path / "ours"), b"x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"usual", "ours"}
+
+
+def test_a_file_system_without_hard_links_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("carn.storage.os.link", refuse)
+    with pytest.raises(StorageError, match=r"a: its file system has no hard links.*on another"):
+        storage.create_bytes(str(tmp_path / "a"), b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_file_systems_lost_answer_counts_as_won(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def asked_twice(*names: Any) -> None:
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr("carn.storage.os.link", asked_twice)
+    assert storage.create_bytes(str(tmp_path / "a"), b"ours")
+    assert not storage.create_bytes(str(tmp_path / "a"), b"theirs")
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("kind", ["lose_answer", "cut_answer", "drop", "cut_upload", "refuse"])
+def test_a_creation_whose_answer_is_lost_is_ours(faulty_s3: Any, kind: Any) -> None:
+    uri = faulty_s3.bucket.uri("a.json")
+    faulty_s3.faults.add(kind, "PutObject", times=3)
+    assert storage.create_bytes(uri, b"ours, 1f3a")
+    assert faulty_s3.faults.met == {kind: 3}
+    faulty_s3.faults.add(kind, "PutObject", times=3)
+    assert not storage.create_bytes(uri, b"theirs, 9bc2")
+    assert storage.read_bytes(uri) == b"ours, 1f3a"
+
+
+def test_a_conflict_with_another_writer_is_tried_again(faulty_s3: Any) -> None:
+    # Source: S3 answers so while a competing write is under way.
+    conflict = {"status": 409, "code": "ConditionalRequestConflict"}
+    faulty_s3.faults.add("refuse", "PutObject", times=2, **conflict)
+    assert storage.create_bytes(faulty_s3.bucket.uri("a"), b"x")
+    assert faulty_s3.faults.counts["PutObject"] == 3
+
+
 # ------------------------------------------------------------------------------ listing, deleting
 
 
@@ -254,6 +343,17 @@ def test_a_listing_goes_beyond_one_page(s3: Any) -> None:
         assert len(storage.list_objects(s3.uri("many"))) == 5
     finally:
         events.unregister(name, two_at_a_time)
+
+
+def test_a_listing_by_the_start_of_names(root: str) -> None:
+    for name in ("a/b.1.json", "a/b.2.json", "a/.b.3", "a/bc", "a/b", "b.4.json", "a/b.d/deep"):
+        storage.write_bytes(storage.join(root, name), name.encode())
+    found = [item.uri for item in storage.list_prefix(storage.join(root, "a/b."))]
+    expected = [storage.join(root, name) for name in ("a/b.1.json", "a/b.2.json")]
+    assert [uri for uri in found if not uri.endswith("/deep")] == expected
+    (hidden,) = storage.list_prefix(storage.join(root, "a/.b"))
+    assert (hidden.uri, hidden.size) == (storage.join(root, "a/.b.3"), 6)
+    assert storage.list_prefix(storage.join(root, "nowhere/b.")) == []
 
 
 def test_links_are_followed_and_dangling_ones_left_out(tmp_path: Path) -> None:
@@ -307,6 +407,21 @@ def test_identity_follows_the_content(root: str) -> None:
         assert storage.identity(uri) != first
     storage.write_bytes(uri, content)
     assert storage.identity(uri) == first
+
+
+def test_identity_of_what_is_listed_is_the_same(root: str) -> None:
+    for name in ("a", "b"):
+        storage.write_bytes(storage.join(root, name), name.encode() * 100_000)
+    for found in storage.list_objects(root):
+        assert storage.identity_of(found) == storage.identity(found.uri)
+
+
+def test_identity_of_a_listed_object_costs_no_request(faulty_s3: Any) -> None:
+    for name in ("a", "b"):
+        faulty_s3.bucket.put(name, name.encode())
+    found = [storage.identity_of(item) for item in storage.list_objects(faulty_s3.bucket.uri())]
+    assert len(set(found)) == 2
+    assert faulty_s3.faults.counts == {"ListObjects": 1}
 
 
 def test_identity_of_a_local_copy_is_the_same(tmp_path: Path) -> None:
@@ -496,3 +611,78 @@ def test_an_endpoint_that_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "true")
     with pytest.raises(StorageError, match=r"localhost:9000.*check AWS_ENDPOINT_URL"):
         storage.stat("s3://bucket/key")
+
+
+# -------------------------------------------------------------------------------------- retries
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("kind", ["refuse", "drop", "cut_upload", "cut_answer", "lose_answer"])
+def test_requests_of_every_kind_outlive_faults(faulty_s3: Any, kind: Any) -> None:
+    uri = faulty_s3.bucket.uri("a/b.bin")
+    num_faults = s3_connection.GET_ATTEMPTS - 1
+    for operation in ("PutObject", "HeadObject", "GetObject", "ListObjects", "DeleteObject"):
+        faulty_s3.faults.add(kind, operation, times=num_faults)
+    content = bytes(range(256)) * 400
+    storage.write_bytes(uri, content)
+    assert storage.stat(uri).size == len(content)
+    assert storage.read_bytes(uri) == content
+    assert [item.uri for item in storage.list_objects(faulty_s3.bucket.uri())] == [uri]
+    storage.delete([uri])
+    assert faulty_s3.bucket.list_keys() == []
+    assert faulty_s3.faults.met == {kind: 5 * num_faults}
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_an_outage_under_many_requests_spends_nobodys_retries(faulty_s3: Any) -> None:
+    uris = [faulty_s3.bucket.put(f"{number}", b"x") for number in range(16)]
+    faulty_s3.faults.add("drop", times=16 * (s3_connection.REQUEST_ATTEMPTS + 1))
+    with ThreadPoolExecutor(16) as pool:
+        for uri, found in [(uri, pool.submit(storage.stat, uri)) for uri in uris]:
+            with contextlib.suppress(StorageError):
+                assert found.result().uri == uri
+    # Each request after that may still be sent again as often as the first was.
+    faulty_s3.faults.clear()
+    for uri in uris:
+        faulty_s3.faults.add("drop", times=s3_connection.REQUEST_ATTEMPTS - 1)
+        assert storage.stat(uri).size == 1
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_what_is_no_matter_of_time_is_not_asked_again(faulty_s3: Any) -> None:
+    faulty_s3.faults.add("refuse", times=100, status=400, code="InvalidRequest")
+    with pytest.raises(StorageError, match="InvalidRequest"):
+        storage.list_objects(faulty_s3.bucket.uri("x"))
+    assert faulty_s3.faults.counts == {"ListObjects": 1}
+    faulty_s3.faults.clear()
+    faulty_s3.faults.add("refuse", times=100)
+    with pytest.raises(StorageError, match="SlowDown"):
+        storage.list_objects(faulty_s3.bucket.uri("x"))
+    assert faulty_s3.faults.counts == {"ListObjects": s3_connection.REQUEST_ATTEMPTS}
+
+
+def test_waits_grow_and_span_a_restart_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    class Clock:
+        time = staticmethod(time.time)
+        sleep = staticmethod(waits.append)
+
+    monkeypatch.setattr("botocore.endpoint.time", Clock)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "true")
+    with pytest.raises(StorageError, match="cannot be reached"):
+        storage.stat("s3://bucket/key")
+    assert len(waits) == s3_connection.REQUEST_ATTEMPTS - 1
+    assert 7 < sum(waits) < 16
+    assert all(b > a / 2 * 1.9 for a, b in itertools.pairwise(waits))
+
+
+def test_a_process_of_its_own_goes_through_the_faults_too(faulty_s3: Any) -> None:
+    uri = faulty_s3.bucket.put("a", b"content")
+    faulty_s3.faults.add("refuse", "GetObject", target=r"/a$", times=1)
+    script = f"from carn import storage; print(storage.read_bytes({uri!r}).decode())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
+    assert done.stdout.split() == [b"content"]
+    assert faulty_s3.faults.counts == {"GetObject": 2}

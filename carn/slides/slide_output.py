@@ -327,13 +327,15 @@ class SlideOutput(ABC):
         """
 
     @abstractmethod
-    def finish(self, *, icc_profile: bytes | None) -> Finished:
+    def finish(self, *, icc_profile: bytes | None, keep_work: bool = False) -> Finished:
         """Make the top of the pyramid, commit, and remove the work folder.
 
-        One that was killed, anywhere, can be called again.
+        One that was killed, anywhere, can be called again. Records may be gone by then; who needs
+        them until something else is noted keeps the work folder, and calls `discard` at the end.
 
         Args:
             icc_profile: embedded as it is; None embeds none.
+            keep_work: leave the work folder, with all records, as it is.
 
         Raises:
             UnfinishedError: blocks are missing, or storage no longer has what was recorded; their
@@ -343,10 +345,16 @@ class SlideOutput(ABC):
 
     @abstractmethod
     def discard(self) -> None:
-        """Remove the work folder, and all that was written of a slide that is not committed."""
+        """Remove the work folder, and all that was written of a slide that is not committed.
+
+        A slide that is committed stays.
+        """
 
     def block_facts(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """What `write_block` was told of each block that has a record, by index."""
+        """What `write_block` was told of each block that has a record, by index.
+
+        The records go when the slide is finished: who wants to know asks before.
+        """
         indexes = sorted(self._recorded())
         for record in self._read_records(indexes, without=("piece",)):
             if record is not None:

@@ -38,6 +38,7 @@ from carn.slides.slide_output import (
 )
 from carn.slides.tiff_head import LevelTables, head_bytes, make_head
 from carn.slides.top_levels import level_strips
+from carn.storage import ObjectStat
 from carn.uploads import Part
 
 # The most blocks of a slide. With parts for the head and for small blocks, of which a part takes
@@ -182,10 +183,13 @@ class TiffOutput(SlideOutput):
     def _payload_uri(self, index: int, sha256: str) -> str:
         return self._work("payloads", _payload_name(index, sha256))
 
+    def _upload_records(self) -> list[ObjectStat]:
+        return storage.list_prefix(self._work("upload-"))
+
     def _find_upload(self) -> tuple[int, str | None]:
         """The number and the id of the latest upload of this work folder; (0, None) without."""
         found = {}
-        for item in storage.list_objects(self.spec.work_uri):
+        for item in self._upload_records():
             if match := _UPLOAD.fullmatch(storage.name_of(item.uri)):
                 found[int(match[1])] = item.uri
         if not found:
@@ -202,7 +206,7 @@ class TiffOutput(SlideOutput):
 
     # -------------------------------------------------------------------------------- finish
 
-    def finish(self, *, icc_profile: bytes | None) -> Finished:
+    def finish(self, *, icc_profile: bytes | None, keep_work: bool = False) -> Finished:
         finished = self._resume_commit()
         if finished is None:
             if self._find_upload()[1] is None:
@@ -219,14 +223,14 @@ class TiffOutput(SlideOutput):
                     raise self._unfinished(blocks) from error
                 raise
         # The record of the commit goes last: whoever is killed here finds that it was done.
-        self._remove_work(last=_COMMIT)
+        if not keep_work:
+            self._remove_work(last=_COMMIT)
         return finished
 
     def discard(self) -> None:
-        for item in storage.list_objects(self.spec.work_uri):
-            if _UPLOAD.fullmatch(storage.name_of(item.uri)):
-                upload_id = json.loads(storage.read_bytes(item.uri))["upload_id"]
-                uploads.abort(self.spec.uri, upload_id)
+        for item in self._upload_records():
+            upload_id = json.loads(storage.read_bytes(item.uri))["upload_id"]
+            uploads.abort(self.spec.uri, upload_id)
         # The upload's name goes last, lest parts stay that nobody knows of.
         self._remove_work(last=f"upload-{self._find_upload()[0]:06d}.json")
         self._upload_id = None

@@ -130,7 +130,7 @@ class ZarrOutput(SlideOutput):
 
     # -------------------------------------------------------------------------------- finish
 
-    def finish(self, *, icc_profile: bytes | None) -> Finished:
+    def finish(self, *, icc_profile: bytes | None, keep_work: bool = False) -> Finished:
         finished = self._resume_commit()
         if finished is None:
             if not storage.is_file(self._work(_STARTED)):
@@ -147,7 +147,8 @@ class ZarrOutput(SlideOutput):
             finished = self._resume_commit()
             assert finished is not None
         # The record of the commit goes last: whoever is killed here finds that it was done.
-        self._remove_work(last=_COMMIT)
+        if not keep_work:
+            self._remove_work(last=_COMMIT)
         return finished
 
     def discard(self) -> None:

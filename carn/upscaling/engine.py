@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -101,6 +102,7 @@ class Engine:
         self._model = model
         self._form = form
         self._pools = has_pooling(model)
+        self._has_gpu = form.device.type == "cuda"
         self._is_frozen = False
         # With live and with frozen poolings; each is made when it is first needed.
         self._programs: dict[bool, nn.Module] = {}
@@ -178,7 +180,7 @@ class Engine:
         Raises:
             ValueError, CarnError: as `upscale`.
         """
-        if self.device.type == "cpu":
+        if not self._has_gpu:
             for window in windows:
                 yield self.upscale(window)
             return
@@ -256,7 +258,7 @@ class Engine:
         program = self._program()
         with torch.inference_mode(), self._convolutions():
             # What is pooled for itself must not see padding.
-            is_padded = self.device.type == "cuda" and (self._is_frozen or not self._pools)
+            is_padded = self._has_gpu and (self._is_frozen or not self._pools)
             if not is_padded:
                 return self._sr_levels(program, pixels)
             height, width = pixels.shape[0], pixels.shape[1]
@@ -352,15 +354,17 @@ class Engine:
 
     def _piped(self, pieces: Iterable[Rgb]) -> Iterator[Rgb]:
         """SR of windows that fit at once, on a GPU; copies beside computing."""
-        up = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        down = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         flights: deque[_Flight] = deque()
         for piece in pieces:
-            flight = self._launched(piece, up=up, down=down)
-            if flight is None:  # memory: what is under way first, then this one, in smaller parts
+            side_px = max(self._interior(piece))
+            # It was cut before memory ran out for the piece before it.
+            is_too_large = side_px > self.window_px
+            flight = None if is_too_large else self._launched(piece)
+            if flight is None:  # what is under way first, then this one in smaller parts
                 while flights:
                     yield flights.popleft().landed()
-                self._shrink(max(self._interior(piece)))
+                if not is_too_large:
+                    self._shrink(side_px)
                 yield self.upscale(piece)
                 continue
             flights.append(flight)
@@ -369,11 +373,10 @@ class Engine:
         while flights:
             yield flights.popleft().landed()
 
-    def _launched(
-        self, piece: Rgb, *, up: torch.cuda.Stream, down: torch.cuda.Stream
-    ) -> "_Flight | None":
+    def _launched(self, piece: Rgb) -> "_Flight | None":
         """A window handed to the GPU; None where its memory did not suffice."""
         compute = torch.cuda.current_stream(self.device)
+        up, down = self._copy_streams
         try:
             host = _as_tensor(piece).pin_memory()
             with torch.cuda.stream(up):
@@ -394,6 +397,12 @@ class Engine:
                 raise
             return None
         return _Flight(sr=landing, done=done)
+
+    @cached_property
+    def _copy_streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """Up and down: on one stream the next window would wait for the last one's result."""
+        up, down = (torch.cuda.Stream(self.device) for _ in range(2))  # type: ignore[no-untyped-call]
+        return up, down
 
 
 def make_engine(model: nn.Module, config: EngineConfig) -> Engine:

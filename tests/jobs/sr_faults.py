@@ -117,19 +117,20 @@ def _wrap(module: Any, fault: Fault, folder: Path, index: int) -> None:
     @functools.wraps(function)
     def wrapped(*arguments: Any, **named: Any) -> Any:
         said = " ".join(filter(None, (_said(value) for value in arguments)))
-        if not fnmatch.fnmatchcase(said, fault.said) or not _is_turn(fault, folder, index):
+        if not fnmatch.fnmatchcase(said, fault.said):
             return function(*arguments, **named)
-        if fault.when == "before":
-            _strike(fault, folder, index)
+        if fault.when == "after":  # its turn comes when it has been survived
+            result = function(*arguments, **named)
+            if _is_turn(fault, folder, index):
+                _strike(fault, folder, index)
+            return result
+        if not _is_turn(fault, folder, index):
+            return function(*arguments, **named)
         if fault.when == "half":
-            arguments = tuple(
-                value[: len(value) // 2] if isinstance(value, bytes) else value
-                for value in arguments
-            )
-        result = function(*arguments, **named)
-        if fault.when != "before":
-            _strike(fault, folder, index)
-        return result
+            halves = (v[: len(v) // 2] if isinstance(v, bytes) else v for v in arguments)
+            function(*halves, **named)
+        _strike(fault, folder, index)
+        return function(*arguments, **named)
 
     setattr(owner, name, wrapped)
 
@@ -137,7 +138,7 @@ def _wrap(module: Any, fault: Fault, folder: Path, index: int) -> None:
 def _said(value: Any) -> str:
     if isinstance(value, str | int | Path):
         return str(value)
-    for name in ("task.name", "spec.uri"):
+    for name in ("task.name", "name", "spec.uri"):
         try:
             return str(functools.reduce(getattr, name.split("."), value))
         except AttributeError:

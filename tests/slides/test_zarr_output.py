@@ -210,10 +210,7 @@ def test_a_finish_that_was_killed_anywhere_is_finished_by_the_next(
                 is_over = True
             except Killed:
                 pass
-        if (
-            Path(spec.work_uri, "started.json").exists()
-            or Path(spec.work_uri, "commit.npz").exists()
-        ):
+        if contents(tmp_path / f"{number}" / "work"):
             again = open_output(spec)
             again.begin()
             assert again.done_blocks() == set(range(NUM_BLOCKS))
@@ -245,6 +242,9 @@ def test_another_slide_in_its_place_is_replaced_whole(pixels: Rgb, tmp_path: Pat
     output.finish(icc_profile=None)
     assert_holds(spec.uri, smaller)
     assert not Path(spec.uri, "1").exists()
+    alone = spec_of(tmp_path / "alone", smaller)
+    write(alone, smaller, range(4)).finish(icc_profile=None)
+    assert contents(Path(spec.uri)) == contents(Path(alone.uri))
 
 
 def test_discard_leaves_nothing_but_a_committed_slide(pixels: Rgb, tmp_path: Path) -> None:
@@ -256,6 +256,17 @@ def test_discard_leaves_nothing_but_a_committed_slide(pixels: Rgb, tmp_path: Pat
     before = contents(tmp_path)
     output.discard()
     assert contents(tmp_path) == before
+
+
+def test_records_can_be_kept_beyond_the_commit(pixels: Rgb, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, pixels)
+    output = write(spec, pixels, range(NUM_BLOCKS))
+    first = output.finish(icc_profile=None, keep_work=True)
+    assert len(dict(output.block_facts())) == NUM_BLOCKS
+    assert output.finish(icc_profile=None, keep_work=True).size == first.size
+    output.discard()
+    assert_holds(spec.uri, pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["slide.ome.zarr"]
 
 
 def test_workers_write_at_once(pixels: Rgb, tmp_path: Path) -> None:

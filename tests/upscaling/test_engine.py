@@ -396,6 +396,84 @@ print(sorted(heavy & set(sys.modules)))
 # --------------------------------------------------------------------------------------- a GPU
 
 
+class Landed:
+    """Stands for a window on its way through a GPU."""
+
+    def __init__(self, sr: torch.Tensor) -> None:
+        self.sr = sr.numpy()
+
+    def landed(self) -> Rgb:
+        return self.sr
+
+
+def as_on_a_gpu(engine: Engine, *, limit_px: int = 1000) -> list[str]:
+    """Take the way through windows that a GPU takes, but for CUDA; returns what is done, in turn.
+
+    Windows larger than `limit_px` find no memory.
+    """
+    log = []
+
+    def launched(piece: Rgb) -> Any:
+        if max(engine._interior(piece)) > limit_px:
+            log.append("refused")
+            return None
+        log.append("launched")
+        return Landed(engine._computed(torch.from_numpy(piece.copy())))
+
+    engine._has_gpu = True
+    engine._launched = launched  # type: ignore[method-assign]
+    return log
+
+
+WINDOWS = [(0, 0, 20, 10), (40, 8, 230, 31), (80, 80, 70, 4), (4, 4, 9, 90), (8, 8, 30, 30)]
+
+
+@pytest.mark.parametrize(("limit_px", "refused"), [(1000, 0), (70, 1)])
+def test_windows_under_way_come_in_order(limit_px: int, refused: int) -> None:
+    engine, reference = engines_of("carn", precision="fp32", window_px=80)
+    log = as_on_a_gpu(engine, limit_px=limit_px)
+    image, halo = tissue(), engine.halo_px
+    windows = [window_of(image, *box, halo_px=halo) for box in WINDOWS]
+    results = list(engine.upscale_many(windows))
+    assert len(results) == len(windows)
+    for sr, window in zip(results, windows, strict=True):
+        assert largest_difference(sr, reference.upscale(window)) <= 1
+    # Once: pieces that were cut before are cut again without being tried.
+    assert log.count("refused") == refused
+    assert engine.window_px == (64 if refused else 80)
+
+
+def test_up_to_three_windows_are_under_way() -> None:
+    engine, _ = engines_of("carn", precision="fp32")
+    log = as_on_a_gpu(engine)
+    window = window_of(tissue(), 0, 0, 8, 8, halo_px=engine.halo_px)
+    results = engine.upscale_many([window] * 5)
+    counts = []
+    for _ in results:
+        counts.append(len(log))
+    assert counts == [3, 4, 5, 5, 5]
+
+
+def test_small_windows_are_padded_to_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "FIXED_SIDES_PX", (16, 32))
+    engine, _ = engines_of("carn", precision="fp32", window_px=64)
+    reference, _ = engines_of("carn", precision="fp32")
+    as_on_a_gpu(engine)
+    image, halo = tissue(), engine.halo_px
+    for box in ((0, 0, 16, 16), (200, 180, 3, 9), (60, 0, 17, 33), (8, 8, 16, 5), (4, 4, 64, 1)):
+        window = window_of(image, *box, halo_px=halo)
+        assert largest_difference(engine.upscale(window), reference.upscale(window)) <= 1
+    sides = {tuple(side - 2 * halo for side in key) for key in engine._graphs}
+    assert sides == {(16, 16), (64, 32), (16, 64)}
+    # What pools for itself must not see padding.
+    engine.set_pooling(None)
+    reference.set_pooling(None)
+    engine._graphs.clear()
+    window = window_of(image, 200, 180, 3, 9, halo_px=halo)
+    np.testing.assert_array_equal(engine.upscale(window), reference.upscale(window))
+    assert not engine._graphs
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("settings", [{}, {"cuda_graph": False}, {"precision": "fp32"}])
