@@ -45,7 +45,7 @@ R = TypeVar("R")
 class SlideFormat:
     """The file format of an output slide."""
 
-    kind: Literal["tiff", "ome-zarr"] = "tiff"
+    container: Literal["tiff", "ome-zarr"] = "tiff"
     """tiff: one pyramidal BigTIFF. ome-zarr: a folder in OME-Zarr 0.5, always lossless, to which
     compression, quality and subsampling do not apply."""
 
@@ -103,9 +103,9 @@ class OutputSpec:
         if self.mpp is not None and not all(1e-4 < mpp < 1e4 for mpp in self.mpp):
             raise ValueError(f"mpp is {self.mpp}; must be um per px, or None when it is not known")
         is_zarr = self.uri.rstrip("/").endswith(".ome.zarr")
-        if is_zarr != (self.format.kind == "ome-zarr"):
+        if is_zarr != (self.format.container == "ome-zarr"):
             name = "must end on .ome.zarr" if not is_zarr else "names an OME-Zarr"
-            raise ValueError(f"{self.uri} {name}, for format.kind is {self.format.kind!r}")
+            raise ValueError(f"{self.uri} {name}, for format.container is {self.format.container!r}")
 
     def to_json(self) -> str:
         """As text, for a worker elsewhere."""
@@ -461,7 +461,7 @@ def open_output(spec: OutputSpec, *, pool: Executor | None = None) -> SlideOutpu
         ValueError: more blocks than the format holds.
     """
     # Each brings its own libraries; a worker needs one.
-    if spec.format.kind == "tiff":
+    if spec.format.container == "tiff":
         from carn.slides.tiff_output import TiffOutput
 
         return TiffOutput(spec, pool=pool)

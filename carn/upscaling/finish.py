@@ -102,9 +102,12 @@ def finish(
         base = storage.join(task.output, task.name)
         storage.write_bytes(f"{base}.consistency.png", heat_map)
         storage.write_bytes(f"{base}.json", _notes(plan, summary).encode())
-        finished = output.finish(icc_profile=view.icc_profile)
+        # The records stay until the slide is noted as done: who is killed before has all of this
+        # to do again.
+        finished = output.finish(icc_profile=view.icc_profile, keep_work=True)
     mark_done(task, {"size": finished.size, "etag": finished.etag})
     unmark(task)
+    output.discard()
     if has_pictures:
         pictures["sr"] = jpeg(finished.thumbnail)
     names = {kind: _picture_name(plan, kind, content) for kind, content in pictures.items()}

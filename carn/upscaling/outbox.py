@@ -24,6 +24,8 @@ from carn.upscaling.task import SlideTask
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 16
+# Of a work folder whose slide has been, or is about to be, committed.
+COMMIT = "commit.npz"
 Status = Literal["todo", "skipped", "conflict"]
 
 
@@ -136,8 +138,9 @@ def _judge(task: SlideTask, done: set[str], *, overwrite: bool) -> tuple[Status,
     # Nobody came to note it down, or it is of other settings: the slide itself knows.
     found = read_provenance(task.output_uri)
     if found is not None and found.get("digest") == task.digest:
+        if storage.is_file(storage.join(task.work_uri, COMMIT)):
+            return "todo", None  # what is left to do are its notes
         mark_done(task, {})
-        discard_work(task.work_uri)
         return "skipped", None
     if overwrite:
         return "todo", None

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Self
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ class Pooling:
         )
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
+    def from_bytes(cls, content: bytes) -> "Pooling":
         """What `to_bytes` wrote.
 
         Raises:

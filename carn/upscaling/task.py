@@ -84,13 +84,13 @@ class SlideTask:
     @property
     def output_uri(self) -> str:
         """The finished slide."""
-        suffix = ".ome.zarr" if self.format.kind == "ome-zarr" else ".tif"
+        suffix = ".ome.zarr" if self.format.container == "ome-zarr" else ".tif"
         return storage.join(self.output, self.name + suffix)
 
     @property
     def committed_uri(self) -> str:
         """The object that is there when the slide is finished, and not before."""
-        is_folder = self.format.kind == "ome-zarr"
+        is_folder = self.format.container == "ome-zarr"
         return storage.join(self.output_uri, "zarr.json") if is_folder else self.output_uri
 
     @property

@@ -239,7 +239,7 @@ def test_images_and_zarr(lab: Path) -> None:
         lab / "sr",
         slides=(),
         images=(str(lab / "crop.png"),),
-        format=SlideFormat(kind="ome-zarr", tile_px=64),
+        format=SlideFormat(container="ome-zarr", tile_px=64),
     )
     assert main(job) == 0
     import zarr

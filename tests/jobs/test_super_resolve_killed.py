@@ -227,7 +227,8 @@ def check_whole(output: str, lab: Lab) -> None:
     assert not storage.list_objects(f"{output}/_work")
     assert not uploads.list_uploads(output)
     if not storage.is_s3(output):
-        assert not list(Path(output).rglob("*.carn-*"))
+        hidden = [*Path(output).glob(".*"), *Path(output, "_work").rglob(".*")]
+        assert not hidden, "a killed process's files stay for ever"
 
 
 def run(job: Job, *, expect: int = 0) -> None:
@@ -394,6 +395,10 @@ def test_a_store_that_is_busy_and_drops_connections(
         run(Job(remote_lab, out, folder=tmp_path / "run", environment=settings_of(endpoint)))
         assert not [rule for rule in faults.rules if rule.times], "some faults never struck"
     assert statuses(out) == dict.fromkeys(BLOCKS, "done")
+    for upload in uploads.list_uploads(out):
+        # One whose beginning was not answered; a later run removes it.
+        assert not uploads.list_parts(upload.uri, upload.upload_id)
+        uploads.abort(upload.uri, upload.upload_id)
     check_whole(out, remote_lab)
 
 

@@ -648,7 +648,7 @@ def test_too_many_blocks_name_a_block_size_that_works(tmp_path: Path) -> None:
         {"mpp": (0.0, 0.25)},
         {"mpp": (math.nan, 0.25)},
         {"uri": "a/slide.ome.zarr"},
-        {"format": SlideFormat(kind="ome-zarr", tile_px=64)},
+        {"format": SlideFormat(container="ome-zarr", tile_px=64)},
     ],
 )
 def test_impossible_specs_are_refused(options: dict[str, Any]) -> None:

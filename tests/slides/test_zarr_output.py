@@ -40,7 +40,7 @@ def spec_of(folder: Path | str, pixels: Rgb, **options: Any) -> OutputSpec:
             "block_px": 256,
             "mpp": (0.25, 0.26),
             "provenance": {"slide": "sha256:12", "scale": 2},
-            "format": SlideFormat(kind="ome-zarr", tile_px=64),
+            "format": SlideFormat(container="ome-zarr", tile_px=64),
             **options,
         }
     )
@@ -89,7 +89,7 @@ def test_levels_are_exactly_those_of_the_whole_image(
 ) -> None:
     square = skimage.data.immunohistochemistry()
     pixels = np.tile(square, (3, 3, 1))[: extent[1], : extent[0]]
-    form = SlideFormat(kind="ome-zarr", tile_px=tile_px)
+    form = SlideFormat(container="ome-zarr", tile_px=tile_px)
     spec = spec_of(tmp_path, pixels, format=form, block_px=block_px)
     output = write(spec, pixels, range(open_output(spec).num_blocks))
     finished = output.finish(icc_profile=None)
@@ -194,7 +194,7 @@ class Killed(BaseException):
 def test_a_finish_that_was_killed_anywhere_is_finished_by_the_next(
     pixels: Rgb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    form = SlideFormat(kind="ome-zarr", tile_px=128)
+    form = SlideFormat(container="ome-zarr", tile_px=128)
     write(spec_of(tmp_path / "written", pixels, format=form), pixels, range(NUM_BLOCKS))
     number, is_over = 0, False
     while not is_over:

@@ -52,14 +52,14 @@ def spec_of(task: SlideTask) -> OutputSpec:
     )
 
 
-def make_slide(task: SlideTask) -> None:
+def make_slide(task: SlideTask, *, keep_work: bool = False) -> None:
     """A finished slide at the task's place, without a note of it."""
     output = open_output(spec_of(task))
     output.begin()
     pixels = draw(100, 64)
     output.write_block(0, np.ascontiguousarray(pixels[:, :64]), facts={})
     output.write_block(1, np.ascontiguousarray(pixels[:, 64:]), facts={})
-    output.finish(icc_profile=None)
+    output.finish(icc_profile=None, keep_work=keep_work)
 
 
 def test_digests_part_what_differs_in_pixels_and_nothing_else() -> None:
@@ -107,6 +107,19 @@ def test_on_an_object_store(s3: Bucket) -> None:
     make_slide(task)
     assert judge([task], overwrite=False) == [("skipped", None)]
     assert [key for key in s3.list_keys() if "/_work/" in key] == []
+
+
+def test_a_committed_slide_whose_notes_were_not_made_is_not_through(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    make_slide(task, keep_work=True)
+    assert judge([task], overwrite=False) == [("todo", None)]
+    # What is left to do does not include its blocks.
+    output = open_output(spec_of(task))
+    output.begin()
+    assert output.done_blocks() == {0, 1}
+    before = Path(task.output_uri).read_bytes()
+    output.finish(icc_profile=None)
+    assert Path(task.output_uri).read_bytes() == before
 
 
 def test_a_note_of_a_slide_that_is_gone_does_not_count(tmp_path: Path) -> None:
