@@ -59,6 +59,25 @@ class StalePartError(StorageError):
         self.numbers = numbers
 
 
+class ExtraPartError(StorageError):
+    """An upload has parts besides those that were to be joined, and its store joins all or none.
+
+    Attributes:
+        numbers: of the parts too many.
+    """
+
+    def __init__(self, uri: str, numbers: tuple[int, ...]) -> None:
+        shown = ", ".join(f"{number}" for number in numbers[:20])
+        more = f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else ""
+        super().__init__(
+            uri,
+            f"its upload has parts {shown}{more} besides those to be joined, and this store (as "
+            "Ceph does) joins all or none; abort the upload and begin another",
+        )
+        self.args = (uri, numbers)
+        self.numbers = numbers
+
+
 class SlideError(CarnError):
     """A slide could not be opened or read.
 

@@ -22,7 +22,13 @@ from io import FileIO
 from pathlib import Path
 
 from carn import storage
-from carn.errors import MissingObjectError, StalePartError, StorageError, UploadGoneError
+from carn.errors import (
+    ExtraPartError,
+    MissingObjectError,
+    StalePartError,
+    StorageError,
+    UploadGoneError,
+)
 from carn.s3 import error_code, s3_client, s3_errors, split_object, split_s3
 from carn.storage import ObjectStat
 
@@ -146,11 +152,12 @@ def complete(uri: str, upload_id: str, parts: Sequence[Part]) -> ObjectStat:
 
     An upload that has been completed with these very parts (its answer was lost, or its process
     killed) counts as completed by this call. Parts of the upload that are not given are dropped,
-    except by Ceph, which refuses: give all. A local folder needs room for the parts twice while
+    except by Ceph, which joins all or none. A local folder needs room for the parts twice while
     they are joined.
 
     Raises:
         ValueError: no parts, or two of one number.
+        ExtraPartError: the upload has other parts as well, and the store is Ceph.
         StalePartError: storage has not all of these parts, or has others of their number.
         UploadGoneError: the upload was aborted, or completed with other parts.
         AccessDeniedError, StorageError: storage refuses; the parts are kept.
@@ -251,11 +258,7 @@ def _invalid_part(uri: str, upload_id: str, parts: Sequence[Part]) -> StorageErr
     stale = tuple(part.number for part in parts if there.get(part.number) != part)
     others = sorted(there.keys() - {part.number for part in parts})
     if others and not stale:
-        return StorageError(
-            uri,
-            f"the upload {upload_id} has parts {others[:20]} besides those to be joined, and this "
-            "store (as Ceph does) joins all or none; abort it and begin another",
-        )
+        return ExtraPartError(uri, tuple(others))
     return StalePartError(uri, stale or tuple(part.number for part in parts))
 
 

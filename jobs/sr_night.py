@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from carn import storage
-from carn.errors import CheckpointError
+from carn.errors import CheckpointError, StorageError
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
 from carn.report.sr_records import STAGES, Pace, RunSummary, SlideSummary, Status
 from carn.report.sr_summary import write_run
@@ -111,6 +111,7 @@ class Night:
         self.started = datetime.now().astimezone()
         self.run_id = f"{self.started.astimezone(UTC):%Y-%m-%dT%H-%M-%S}-{uuid.uuid4().hex[:4]}"
         self.stopped: str | None = None
+        self.is_reported = True
         self.slides: dict[str, SlideSummary] = {}
         self.todo: list[SlideTask] = []
         self.sizes: dict[str, int] = {}
@@ -249,7 +250,10 @@ class Night:
                     else:
                         self._set(task.name, status="failed", reason="its parts kept changing")
                 for task in wave:
-                    claims.release(task.name)
+                    try:
+                        claims.release(task.name)
+                    except StorageError as error:
+                        logger.warning("%s is claimed until its lease ends: %s", task.name, error)
             for task in queue:
                 self._set(task.name, reason=f"not begun: {self.stopped}")
 
@@ -435,7 +439,11 @@ class Night:
             config=self.job.settings(),
             pace=_pace(self.made),
         )
-        report = write_run(self.output, summary, self.pictures)
+        try:
+            report = write_run(self.output, summary, self.pictures)
+        except StorageError as error:  # a full disk, a store that is down: what is known is said
+            self.is_reported = False
+            report = f"could not be written: {error}"
         lines = [
             f"{self.count('done'):,} slides super-resolved, {self.count('skipped'):,} done before, "
             f"{self.count('failed', 'conflict'):,} failed, "

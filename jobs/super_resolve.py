@@ -5,7 +5,8 @@ reported and ends nothing, a run that was stopped or killed is continued by the 
 committed whole or not at all. Output: <name>.tif (or .ome.zarr) for each slide, with <name>.json
 and <name>.consistency.png beside it, and runs/<id>/ with summary.json, failures.csv, report.html.
 
-Exit status: 0 when nothing failed, 1 when a slide did, 2 when the job could not begin.
+Exit status: 0 when nothing failed, 1 when a slide or the report did, 2 when the job could not
+begin.
 
 Examples:
   python jobs/super_resolve.py --slides inbox/ --checkpoint runs/carn-x2 --output sr/
@@ -56,7 +57,8 @@ def main(job: SuperResolveJob) -> int:
     print(night.conclude(), flush=True)
     if night.stopped == "interrupted":
         return 130
-    return 1 if night.count("failed", "conflict") and job.run.on_bad_slide == "fail" else 0
+    is_bad = night.count("failed", "conflict") and job.run.on_bad_slide == "fail"
+    return 1 if is_bad or not night.is_reported else 0
 
 
 @contextmanager

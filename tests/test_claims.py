@@ -209,6 +209,30 @@ def after_listing(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable
     monkeypatch.setattr(claims, "_generations", listed)
 
 
+def before_creation(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> None:
+    """Do something else between the look at a claim and the next creation of a generation."""
+    create_bytes = storage.create_bytes
+
+    def create(uri: str, content: bytes) -> bool:
+        monkeypatch.setattr(storage, "create_bytes", create_bytes)
+        action()
+        return create_bytes(uri, content)
+
+    monkeypatch.setattr(storage, "create_bytes", create)
+
+
+def test_a_renewal_after_the_lease_keeps_off_who_saw_it_expired(
+    root: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = take(root)
+    clock.pass_(61)
+    renewed: list[bool] = []
+    before_creation(monkeypatch, lambda: renewed.append(ours.renew()))
+    assert claim(root, KEY, owner="two", lease_s=60) is None
+    assert renewed == [True]
+    assert ours.renew()
+
+
 def test_a_takeover_in_the_middle_of_a_renewal_wins(
     root: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +265,7 @@ def test_who_stalls_before_a_takeover_finds_it_done(
         taken.append(take(root, owner="three"))
 
     # The generation that this one is about to create has been used and tidied up.
-    after_listing(monkeypatch, 1, others_come_and_go)
+    before_creation(monkeypatch, others_come_and_go)
     assert claim(root, KEY, owner="late", lease_s=60) is None
     assert taken[0].renew()
     assert files(root) == [f"{KEY}.000003.json"]

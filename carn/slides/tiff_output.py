@@ -21,7 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carn import storage, uploads
-from carn.errors import MissingObjectError, StalePartError, UploadGoneError
+from carn.errors import (
+    ExtraPartError,
+    MissingObjectError,
+    StalePartError,
+    UnfinishedError,
+    UploadGoneError,
+)
 from carn.slides.encoding import NOT_FLAT, EncodedTiles, encode_block, encode_tiles, flat_tile
 from carn.slides.slide import Rgb
 from carn.slides.slide_output import (
@@ -222,6 +228,11 @@ class TiffOutput(SlideOutput):
                 if blocks and blocks <= set(range(self.num_blocks)):
                     raise self._unfinished(blocks) from error
                 raise
+            except ExtraPartError as error:
+                # A block that was a part once has come out smaller since (another processor rounds
+                # otherwise), and this store gives no way to leave a part out: from the start.
+                self.discard()
+                raise UnfinishedError(self.spec.uri, tuple(range(self.num_blocks))) from error
         # The record of the commit goes last: whoever is killed here finds that it was done.
         if not keep_work:
             self._remove_work(last=_COMMIT)
@@ -243,7 +254,7 @@ class TiffOutput(SlideOutput):
             return None
         try:
             return self._complete(commit)
-        except (StalePartError, UploadGoneError):
+        except (StalePartError, UploadGoneError, ExtraPartError):
             storage.delete([self._work(_COMMIT)])
             return None
 

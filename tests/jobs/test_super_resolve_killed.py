@@ -6,6 +6,7 @@ Each test runs the job as a process of its own, with a Ray of its own.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -378,7 +379,7 @@ def test_a_store_that_is_busy_and_drops_connections(
     with run_proxy(s3_endpoint) as (endpoint, faults):
         # No more for one request than it is sent again; the input is read through the proxy, too.
         for operation, target in (
-            *(("UploadPart", f"partNumber={number}&") for number in (1, 2, 3)),
+            *(("UploadPart", rf"partNumber={number}\b") for number in (1, 2, 3)),
             *(("CreateMultipartUpload", name) for name in SLIDES),
             *(("GetObject", name) for name in SLIDES),
             *(("PutObject", name) for name in (r"begun", r"cells\.npz", r"blocks/0", r"\.json")),
@@ -438,9 +439,8 @@ def test_a_store_that_goes_down_for_good(
         sr_faults.go(tmp_path / "run")
         # Each request is given up after some 16 s; slides and claims wait for a few of them.
         assert job.wait(timeout_s=2 * PATIENCE_S) in (1, 2), job.said
-    last = job.said.strip().splitlines()[-1]
-    assert last.startswith("super_resolve: "), job.said
-    assert "the object store cannot be reached" in last, last
+    tail = "\n".join(job.said.strip().splitlines()[-6:])
+    assert "the object store cannot be reached" in tail, tail
     assert "Traceback" not in job.said
     assert not set(SLIDES) & made(out).keys()
     # It is down when a run begins, too.
@@ -552,10 +552,10 @@ def test_a_disk_that_fills_up(lab: Lab, small_disk: Path, tmp_path: Path) -> Non
     out = str(small_disk / "sr")
     job = Job(lab, out, folder=tmp_path / "run")
     run(job, expect=1)
-    found = slides_of(out)
-    assert found["Case_1"]["status"] == "done"
-    assert found["Case_2"]["status"] == "failed"
-    assert "No space left on device" in found["Case_2"]["reason"]
+    # Whether there is room for the report is chance; what failed is said in any case.
+    assert "1 slides super-resolved, 0 done before, 1 failed" in job.said
+    assert re.search("failed   Case_2: .*No space left on device", job.said), job.said
+    assert made(out)["Case_1.tif"] == lab.expected["Case_1.tif"]
     assert "Case_2.tif" not in made(out)
     subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
     run(Job(lab, out, folder=tmp_path / "again"))
