@@ -207,7 +207,7 @@ def run_job(lab: Path, benchmark: Benchmark, number: int) -> dict[str, float]:
     times, px = zip(*night.made, strict=True)
     # `made` counts from the night's start.
     end_s = ended - started + first[0] - first[1]
-    busy = night.stages["infer_s"] / (times[-1] - times[0] + night.stages["infer_s"] / len(px))
+    busy = night.stages["infer_s"] / night.working_seconds
     return {
         "steady": sum(px[1:]) / 1e6 / (end_s - times[0]),
         "all": sum(px) / 1e6 / night.working_seconds,

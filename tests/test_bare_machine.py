@@ -80,6 +80,29 @@ def run(code: str, *, absent: set[str]) -> "subprocess.CompletedProcess[str]":
     )
 
 
+ONE_WINDOW = """
+import numpy as np
+from carn.models import build_model
+from carn.models.carn import CarnConfig
+from carn.upscaling.engine import EngineConfig, make_engine
+from carn.upscaling.pooling import pool_over
+
+config = CarnConfig(num_blocks=1, channels=8, reduction=4)
+model = build_model("carn", scale=2, config=config).eval()
+engine = make_engine(model, EngineConfig(device="cpu", num_threads=1))
+side = 2 * engine.halo_px + 12
+window = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+engine.set_pooling(pool_over(model, [window], halo_px=engine.halo_px))
+print(engine.upscale(window).shape)
+"""
+
+
+def test_super_resolving_a_window_needs_torch_and_numpy() -> None:
+    found = run(ONE_WINDOW, absent=NOT_FOR_STEPS)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "(24, 24, 3)"
+
+
 def test_a_step_of_training_needs_torch_and_numpy() -> None:
     found = run(ONE_STEP, absent=NOT_FOR_STEPS)
     assert found.returncode == 0, found.stderr

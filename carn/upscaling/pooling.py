@@ -92,10 +92,10 @@ def pool_over(
 ) -> Pooling:
     """The means of a model's global poolings over the interiors of all windows taken together.
 
-    One float32 pass over all windows at once, where the model lies. Each pooling hands every window the common mean, so
-    later layers see the gates of earlier ones as they will be: the result is that of a pass over
-    one image made of the interiors (where they tile it, and but for its zero-padded rim). Features
-    of half resolution see the px count of their area.
+    One float32 pass over all windows at once, where the model lies. Each pooling hands every window
+    the common mean, so later layers see the gates of earlier ones as they will be: the result is
+    that of a pass over one image made of the interiors (where they tile it, and but for its
+    zero-padded rim). A px of a coarser feature map counts by the share of its area that does.
 
     Args:
         model: a model of MODELS; it is not changed.

@@ -218,7 +218,9 @@ class BlockMaker:
         """The network, the engine that runs it, and the one that is right by definition."""
         key = plan.task.checkpoint_hash
         if key not in self._engines:
-            model = load_model(plan.task.checkpoint, expect_scale=plan.task.scale)
+            # On the engine's device: pooling and the reference are computed where the model lies.
+            device = "cuda" if self._config.device == "cuda" else "cpu"
+            model = load_model(plan.task.checkpoint, device=device, expect_scale=plan.task.scale)
             self._engines[key] = model, make_engine(model, self._config), reference_engine(model)
         return self._engines[key]
 

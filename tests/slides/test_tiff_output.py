@@ -24,7 +24,13 @@ from hypothesis import strategies as st
 from PIL import ImageCms
 
 from carn import storage, uploads
-from carn.errors import StalePartError, StorageError, UnfinishedError, UploadGoneError
+from carn.errors import (
+    ExtraPartError,
+    StalePartError,
+    StorageError,
+    UnfinishedError,
+    UploadGoneError,
+)
 from carn.slides import open_slide
 from carn.slides.pyramid import pyramid_levels
 from carn.slides.slide import Rgb
@@ -581,6 +587,29 @@ def test_a_part_replaced_at_the_last_moment_is_named(
         output.finish(icc_profile=ICC)
     assert caught.value.blocks == (0, 4)
     assert output.done_blocks() == set(range(NUM_BLOCKS)) - {0, 4}
+
+
+def test_a_store_that_joins_parts_too_many_or_none_is_begun_with_anew(
+    tissue: Rgb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = pixels_of(tissue)
+    spec = spec_of(tmp_path, pixels)
+    output = open_output(spec)
+    write(output, pixels)
+
+    def complete(uri: str, upload_id: str, parts: Any) -> Any:
+        raise ExtraPartError(uri, (2 + 4,))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads, "complete", complete)
+        with pytest.raises(UnfinishedError) as caught:
+            output.finish(icc_profile=ICC)
+    assert caught.value.blocks == tuple(range(NUM_BLOCKS))
+    assert uploads.list_uploads(str(tmp_path)) == []
+    output.begin()
+    assert output.done_blocks() == set()
+    write(output, pixels)
+    output.finish(icc_profile=ICC)
 
 
 @pytest.mark.usefixtures("unlimited_parts")
