@@ -105,7 +105,9 @@ class OutputSpec:
         is_zarr = self.uri.rstrip("/").endswith(".ome.zarr")
         if is_zarr != (self.format.container == "ome-zarr"):
             name = "must end on .ome.zarr" if not is_zarr else "names an OME-Zarr"
-            raise ValueError(f"{self.uri} {name}, for format.container is {self.format.container!r}")
+            raise ValueError(
+                f"{self.uri} {name}, for format.container is {self.format.container!r}"
+            )
 
     def to_json(self) -> str:
         """As text, for a worker elsewhere."""

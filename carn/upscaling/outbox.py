@@ -142,20 +142,16 @@ def _judge(task: SlideTask, done: set[str], *, overwrite: bool) -> tuple[Status,
             return "todo", None  # what is left to do are its notes
         mark_done(task, {})
         return "skipped", None
-    if overwrite:
-        return "todo", None
+    return ("todo", None) if overwrite else ("conflict", _difference(task, found))
+
+
+def _difference(task: SlideTask, found: dict[str, Any] | None) -> str:
+    """Why what is there is in the way."""
     if found is None:
-        return "conflict", (
+        return (
             f"{task.output_uri} is there, and was not made by this program; move it away, choose "
             "another --output, or replace it with --overwrite"
         )
-    return "conflict", (
-        f"{task.output_uri} was made from {_difference(task, found)}; replace it with --overwrite, "
-        "or choose another --output"
-    )
-
-
-def _difference(task: SlideTask, found: dict[str, Any]) -> str:
     mine = task.provenance()
     other = [
         words
@@ -166,7 +162,10 @@ def _difference(task: SlideTask, found: dict[str, Any]) -> str:
         )
         if found.get(name) != mine[name]
     ]
-    return " and ".join(other) or "other settings"
+    return (
+        f"{task.output_uri} was made from {' and '.join(other) or 'other settings'}; replace it "
+        "with --overwrite, or choose another --output"
+    )
 
 
 def mark_done(task: SlideTask, facts: dict[str, Any]) -> None:
