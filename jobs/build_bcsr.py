@@ -161,6 +161,7 @@ class BuildJob:
 def main(job: BuildJob) -> int:
     """Build the dataset; returns the process's exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     output = storage.normalize(job.output)
     source = find_source(job)
     manifest = read_manifest(output)

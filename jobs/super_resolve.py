@@ -41,6 +41,7 @@ logger = logging.getLogger("super_resolve")
 def main(job: SuperResolveJob) -> int:
     """Super-resolve; returns the process's exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     checkpoint, halo_px = check_checkpoint(job)
     inputs = find_inputs(job.slides, job.images)
     output = storage.normalize(job.output).rstrip("/")

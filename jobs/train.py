@@ -135,6 +135,7 @@ class TrainJob:
 def main(job: TrainJob) -> int:
     """Train; returns the process's exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     config, output = resolve(job.train), job.output_uri
     dataset = open_dataset(job.dataset)
     check_dataset(dataset, config)
