@@ -201,6 +201,7 @@ def run_job(lab: Path, benchmark: Benchmark, number: int) -> dict[str, float]:
     night.judge(find_inputs(job.slides))
     started = time.monotonic()
     first = (time.time(), night.started.timestamp())
+    night.begin()
     night.work()
     ended = time.monotonic()
     assert night.count("done") == 1, night.slides

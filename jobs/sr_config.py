@@ -83,8 +83,8 @@ class ClusterConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         for name in ("gpus_per_actor", "cpus_per_actor"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value} must not be negative")
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from carn.errors import CheckpointError, StorageError
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
 from carn.report.sr_records import STAGES, Pace, RunSummary, SlideSummary, Status
 from carn.report.sr_summary import write_run
+from carn.slides.provenance import read_provenance
 from carn.upscaling.engine import reference_engine
 from carn.upscaling.inputs import SlideInput
 from carn.upscaling.outbox import (
@@ -122,7 +123,9 @@ class Night:
         self.num_lr_px = 0
         self.working_seconds = 0.0
         self.made: list[tuple[float, int]] = []
+        self.begun: set[str] = set()
         self.num_shown = 0
+        self.crew: Crew | None = None
         self._deadline: datetime | None = None
 
     # ------------------------------------------------------------------------------ beforehand
@@ -130,7 +133,10 @@ class Night:
     def judge(self, inputs: Sequence[SlideInput]) -> None:
         """Part what is to be done from what is done, in the way, or beyond help."""
         tasks = {}
+        places = {item.uri for item in inputs}
         for item in inputs:
+            if self._is_own_output(item.uri):
+                continue
             slide = SlideSummary(
                 name=item.name,
                 uri=item.uri,
@@ -151,17 +157,17 @@ class Night:
                 )
                 self.sizes[key] = item.size_bytes
             self.slides[key] = slide
+        for key, task in list(tasks.items()):
+            if task.output_uri in places:
+                taken = f"its result would take the place of {task.output_uri}, which is an input"
+                self._set(key, status="failed", reason=f"{taken}; choose another --output")
+                del tasks[key]
         verdicts = judge(list(tasks.values()), overwrite=self.job.run.overwrite)
         for (key, task), (status, reason) in zip(tasks.items(), verdicts, strict=True):
             if status == "todo":
                 self.todo.append(task)
             else:
                 self._set(key, status=status, reason=reason, output_uri=task.output_uri)
-        limit = self.job.run.limit
-        if limit is not None:
-            for task in self.todo[limit:]:
-                self._set(task.name, reason=f"left for later (--limit {limit})")
-            self.todo = self.todo[:limit]
         counts = Counter(slide.status for slide in self.slides.values())
         logger.info(
             "%s slides: %s to do, %s done before, %s that cannot be done",
@@ -175,6 +181,13 @@ class Night:
                 )
             ),
         )
+
+    def _is_own_output(self, uri: str) -> bool:
+        """Whether what was found is a result of an earlier run, below the output."""
+        if not uri.startswith(self.output + "/") or read_provenance(uri) is None:
+            return False
+        logger.warning("%s is a result of this job, and left out of its input", uri)
+        return True
 
     def _set(self, name: str, **changes: Any) -> None:
         self.slides[name] = replace(self.slides[name], **changes)
@@ -219,28 +232,42 @@ class Night:
 
     # ------------------------------------------------------------------------------ the work
 
-    def work(self) -> None:
-        """Do what there is to do, wave by wave, until it is done or the deadline has come."""
+    def begin(self) -> None:
+        """Make sure that the work can begin.
+
+        Raises:
+            CarnError: the output cannot be written, or the cluster is not there.
+        """
         if not self.todo:
-            logger.info("nothing to do")
             return
         # A place that cannot be written is better known now than after the first block.
         storage.write_bytes(storage.join(self.output, "_state", "begun"), self.run_id.encode())
         logger.info("starting Ray, or connecting to it")
         start_ray()
-        crew = crew_for(self.job.cluster, self.job.engine)
-        self.num_actors = crew.max_actors
+        self.crew = crew_for(self.job.cluster, self.job.engine)
+        self.num_actors = self.crew.max_actors
+
+    def work(self) -> None:
+        """Do what there is to do, wave by wave, until it is done or the deadline has come."""
+        if self.crew is None:
+            logger.info("nothing to do")
+            return
+        crew = self.crew
         runner = StageRunner(progress_s=self.job.run.progress_s)
         deadline = self.job.run.deadline
         if deadline is not None:
             self._deadline = parse_deadline(deadline, now=self.started)
         lease_s = self.job.run.lease_minutes * 60
         with SlideClaims(self.output, owner=self.run_id, lease_s=lease_s) as claims:
-            sweep_abandoned(self.output, claims, days=self.job.run.abandon_days, tasks=self.todo)
+            try:
+                days = self.job.run.abandon_days
+                sweep_abandoned(self.output, claims, days=days, tasks=self.todo)
+            except StorageError as error:  # keys that may not list uploads are good for the rest
+                logger.warning("abandoned uploads were not looked for: %s", error)
             queue = deque(self.todo)
             self.todo = []
             attempts: Counter[str] = Counter()
-            while queue and not self._must_stop():
+            while queue and not self._must_stop() and not self._is_at_limit():
                 wave = self._next_wave(queue, claims, crew)
                 plans = self._inspect(wave, runner)
                 for task in self._make(plans, crew, claims):
@@ -254,8 +281,9 @@ class Night:
                         claims.release(task.name)
                     except StorageError as error:
                         logger.warning("%s is claimed until its lease ends: %s", task.name, error)
+            why = self.stopped or f"left for later (--limit {self.job.run.limit})"
             for task in queue:
-                self._set(task.name, reason=f"not begun: {self.stopped}")
+                self._set(task.name, reason=f"not begun: {why}")
 
     def _must_stop(self) -> bool:
         if self._deadline is not None and datetime.now().astimezone() >= self._deadline:
@@ -269,22 +297,38 @@ class Night:
         wave: list[SlideTask] = []
         size = 0
         wanted = WAVE_BYTES[crew.device] * crew.max_actors
-        while queue and size < wanted and len(wave) < MAX_WAVE:
+        while queue and size < wanted and len(wave) < MAX_WAVE and not self._is_at_limit():
             task = queue.popleft()
-            if not claims.take(task.name):
-                reason = f"is done by another: {claims.holder(task.name)}"
-                self._set(task.name, status="claimed", reason=reason)
+            try:
+                if not self._claim(task, claims):
+                    continue
+            except StorageError as error:
+                self._set(task.name, status="failed", reason=str(error))
+                logger.warning("%s failed: %s", task.name, error)
                 continue
-            # It may have been finished since the run began.
-            ((status, why),) = judge([task], overwrite=self.job.run.overwrite)
-            if status != "todo":
-                self._set(task.name, status=status, reason=why, output_uri=task.output_uri)
-                claims.release(task.name)
-                continue
-            sweep_stale(task)
+            self.begun.add(task.name)
             wave.append(task)
             size += self.sizes.get(task.name, 0)
         return wave
+
+    def _claim(self, task: SlideTask, claims: SlideClaims) -> bool:
+        """Whether a slide is this run's to do."""
+        if not claims.take(task.name):
+            reason = f"is done by another: {claims.holder(task.name)}"
+            self._set(task.name, status="claimed", reason=reason)
+            return False
+        # It may have been finished since the run began.
+        ((status, why),) = judge([task], overwrite=self.job.run.overwrite)
+        if status != "todo":
+            self._set(task.name, status=status, reason=why, output_uri=task.output_uri)
+            claims.release(task.name)
+            return False
+        sweep_stale(task)
+        return True
+
+    def _is_at_limit(self) -> bool:
+        limit = self.job.run.limit
+        return limit is not None and len(self.begun) >= limit
 
     def _inspect(self, wave: Sequence[SlideTask], runner: StageRunner) -> list[SlidePlan]:
         units = [{"task": task.to_json(), "is_forecast": False} for task in wave]
@@ -441,7 +485,8 @@ class Night:
         )
         try:
             report = write_run(self.output, summary, self.pictures)
-        except StorageError as error:  # a full disk, a store that is down: what is known is said
+        except (StorageError, ValueError) as error:
+            # A full disk, a store that is down, a name that no file may have: what is known is said
             self.is_reported = False
             report = f"could not be written: {error}"
         lines = [

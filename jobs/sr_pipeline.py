@@ -129,7 +129,8 @@ def crew_for(cluster: ClusterConfig, engine: EngineConfig) -> Crew:
     nodes = [node["Resources"] for node in list_nodes() if node["Alive"]]
     gpus = [node.get("GPU", 0.0) for node in nodes]
     cpus = [node.get("CPU", 0.0) for node in nodes]
-    is_cuda = engine.device == "cuda" or (engine.device == "auto" and max(gpus, default=0) > 0)
+    has_gpus = max(gpus, default=0) > 0 or cluster.gpus_per_actor is not None
+    is_cuda = engine.device == "cuda" or (engine.device == "auto" and has_gpus)
     is_split = cluster.pipeline == "split" or (cluster.pipeline == "auto" and is_cuda)
     # An actor that nodes still to come are to hold must be said to be wanted.
     grows = cluster.max_actors is not None
@@ -138,7 +139,10 @@ def crew_for(cluster: ClusterConfig, engine: EngineConfig) -> Crew:
     if is_cuda:
         num_gpus = cluster.gpus_per_actor or 1.0
         num_cpus = 2.0 if num_cpus is None else num_cpus
-        fitting = [int(node / num_gpus + 1e-6) for node in gpus]
+        fitting = [
+            int(min(gpu / num_gpus, cpu / num_cpus) + 1e-6)
+            for gpu, cpu in zip(gpus, cpus, strict=True)
+        ]
     else:
         # Reading takes a CPU where it is done apart; without one left for it, nothing would start.
         spare = 1.0 if is_split else 0.0

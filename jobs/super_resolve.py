@@ -50,16 +50,25 @@ def main(job: SuperResolveJob) -> int:
     if job.run.dry_run:
         print(night.forecast(), flush=True)
         return 0
+    is_broken = False
     try:
         with _stopped_by_sigterm():
+            night.begin()
             night.work()
     except KeyboardInterrupt:
         night.stopped = "interrupted"
+    except Exception as error:
+        if night.crew is None:
+            raise  # it could not begin
+        # Storage or Ray gave out under it: what was done counts, and is told.
+        logger.exception("the run ends early")
+        night.stopped = f"{type(error).__name__}: {error}"
+        is_broken = True
     print(night.conclude(), flush=True)
     if night.stopped == "interrupted":
         return 130
-    is_bad = night.count("failed", "conflict") and job.run.on_bad_slide == "fail"
-    return 1 if is_bad or not night.is_reported else 0
+    is_bad = bool(night.count("failed", "conflict")) and job.run.on_bad_slide == "fail"
+    return 1 if is_bad or is_broken or not night.is_reported else 0
 
 
 @contextmanager

@@ -281,19 +281,17 @@ def root_metadata(spec: OutputSpec, *, icc_profile: bytes | None) -> bytes:
         {"label": label, "color": color, "active": True, "window": window}
         for label, color in _CHANNELS
     ]
-    name = storage.name_of(spec.uri).removesuffix(".ome.zarr")
     ome = {
         "version": "0.5",
         "multiscales": [
             {
-                "name": name,
                 "axes": [{"name": "c", "type": "channel"}]
                 + [{"name": axis, **space} for axis in ("y", "x")],
                 "datasets": datasets,
                 "type": "mean of 2 x 2 px",
             }
         ],
-        "omero": {"name": name, "channels": channels, "rdefs": {"model": "color"}},
+        "omero": {"channels": channels, "rdefs": {"model": "color"}},
     }
     own = {"notice": NOTICE, "mpp_um": spec.mpp, "provenance": spec.provenance}
     if icc_profile is not None:

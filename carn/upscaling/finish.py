@@ -1,18 +1,18 @@
 """The last step of a slide: notes beside it, the top of its pyramid, the commit."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carn import storage
-from carn.errors import DamagedTileError
+from carn.errors import DamagedTileError, StorageError
 from carn.report.sr_records import (
     ConsistencySummary,
     DamagedPlace,
@@ -28,8 +28,10 @@ from carn.upscaling.calibration import Calibration
 from carn.upscaling.lr_view import LrView, open_view
 from carn.upscaling.outbox import mark_done, unmark
 from carn.upscaling.showing import JPEG_PX, SHOWN, jpeg, rim_px
-from carn.upscaling.task import SlidePlan
-from carn.upscaling.work import calibration_uri, region_of
+from carn.upscaling.task import SlidePlan, key_of
+from carn.upscaling.work import calibration_uri, check_identity, region_of
+
+logger = logging.getLogger(__name__)
 
 # Longer side of the picture of the LR slide in the report.
 THUMBNAIL_PX = 1024
@@ -72,8 +74,8 @@ def finish(
         shown |= {name: facts[name] for name in SHOWN if name in facts}
     errors = consistency.join(maps, extent_sr=plan.spec.extent, scale=task.scale)
     heat_map = consistency.heat_map_png(errors)
-    accuracy_db = Calibration.from_bytes(storage.read_bytes(calibration_uri(plan))).accuracy_db
-    known_accuracy_db = None if math.isnan(accuracy_db) else accuracy_db
+    known_accuracy_db = _least_accuracy(plan)
+    check_identity(task)
     with closing(open_view(task.uri, task.input, is_image=task.is_image)) as view:
         summary = SlideSummary(
             name=task.name,
@@ -104,10 +106,13 @@ def finish(
         storage.write_bytes(f"{base}.json", _notes(plan, summary).encode())
         # The records stay until the slide is noted as done: who is killed before has all of this
         # to do again.
-        finished = output.finish(icc_profile=view.icc_profile, keep_work=True)
-    mark_done(task, {"size": finished.size, "etag": finished.etag})
-    unmark(task)
-    output.discard()
+        unmark(task)
+        finished = output.finish(icc_profile=_rgb_profile(view), keep_work=True)
+    try:
+        mark_done(task)
+        output.discard()
+    except StorageError as error:  # the slide is there: the next run will find out
+        logger.warning("%s is finished, but not tidied up: %s", task.name, error)
     if has_pictures:
         pictures["sr"] = jpeg(finished.thumbnail)
     names = {kind: _picture_name(plan, kind, content) for kind, content in pictures.items()}
@@ -115,6 +120,22 @@ def finish(
         summary, size_bytes=finished.size, num_parts=finished.num_parts, pictures=names
     )
     return summary, {names[kind]: content for kind, content in pictures.items()}
+
+
+def _least_accuracy(plan: SlidePlan) -> float | None:
+    """Of the engines that were tried on the slide; None where none could be."""
+    found = [
+        Calibration.from_bytes(storage.read_bytes(item.uri)).accuracy_db
+        for item in storage.list_prefix(calibration_uri(plan, ""))
+    ]
+    return min((value for value in found if not math.isnan(value)), default=None)
+
+
+def _rgb_profile(view: LrView) -> bytes | None:
+    """The ICC profile, where it is one for RGB pixels."""
+    # The profile's colour space stands in its bytes 16 to 19 (ICC.1, section 7.2).
+    profile = view.icc_profile
+    return profile if profile is not None and profile[16:20] == b"RGB " else None
 
 
 def _summarized(
@@ -174,7 +195,7 @@ def _pictures(shown: Mapping[str, Any], scale: int) -> dict[PictureKind, bytes]:
 
 def _picture_name(plan: SlidePlan, kind: str, content: bytes) -> str:
     suffix = "png" if content.startswith(b"\x89PNG") else "jpg"
-    return f"{quote(plan.task.name, safe='')}.{kind}.{suffix}"
+    return f"{key_of(plan.task.name)}.{kind}.{suffix}"
 
 
 def _notes(plan: SlidePlan, summary: SlideSummary) -> str:
@@ -184,6 +205,5 @@ def _notes(plan: SlidePlan, summary: SlideSummary) -> str:
         *("lr_extent", "mpp_in", "mpp_out", "num_blocks", "num_inferred_px", "num_background_px"),
         *("engine", "accuracy_db", "consistency", "damage"),
     )
-    content = {"slide": storage.name_of(plan.task.output_uri), **plan.task.provenance()}
-    content |= {name: facts[name] for name in kept}
+    content = plan.task.provenance() | {name: facts[name] for name in kept}
     return json.dumps(content, indent=1) + "\n"

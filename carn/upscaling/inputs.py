@@ -51,7 +51,8 @@ def find_inputs(slides: Sequence[str], images: Sequence[str] = ()) -> list[Slide
     same name.
 
     Args:
-        slides: folders, prefixes, globs (`s3://lab/2026-*/*.svs`), slide files or manifests.
+        slides: folders, prefixes, globs (`s3://lab/2026-*/*.svs`; `*` stays within a folder), slide
+            files or manifests.
         images: folders, prefixes, globs or files of plain images.
 
     Raises:
@@ -102,11 +103,17 @@ def _of_glob(pattern: str, *, is_image: bool) -> tuple[str, list[str]]:
     uris = [
         item.uri
         for item in storage.list_objects(base)
-        if fnmatch.fnmatchcase(item.uri, pattern) and item.uri.lower().endswith(suffixes)
+        if _matches(item.uri, pattern) and item.uri.lower().endswith(suffixes)
     ]
     if not uris:
         raise MissingObjectError(pattern, "matches no " + ("images" if is_image else "slides"))
     return base, uris
+
+
+def _matches(uri: str, pattern: str) -> bool:
+    """Whether each part of a name matches that of the pattern: `*` stays within a folder."""
+    parts, wanted = uri.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def _of_manifest(uri: str, *, is_image: bool) -> list[SlideInput]:

@@ -14,18 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
-from urllib.parse import quote
 
 from carn import storage, uploads
 from carn.claims import Claim, Holder, Lease, claim, find_holder
+from carn.errors import MissingObjectError
 from carn.slides.provenance import read_provenance
-from carn.upscaling.task import SlideTask
+from carn.upscaling.task import SlideTask, key_of
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 16
 # Of a work folder whose slide has been, or is about to be, committed.
 COMMIT = "commit.npz"
+UPLOAD_RECORD = re.compile(r"upload-\d+\.json")
 Status = Literal["todo", "skipped", "conflict"]
 
 
@@ -49,7 +50,7 @@ class SlideClaims:
         Raises:
             AccessDeniedError, StorageError: the claims cannot be read or written.
         """
-        key = quote(name, safe="")
+        key = key_of(name)
         holder = find_holder(self._root, key)
         owner = holder.owner if holder is not None and _is_dead(holder) else self._owner
         taken = claim(self._root, key, owner=owner, lease_s=self._lease_s)
@@ -61,14 +62,14 @@ class SlideClaims:
 
     def holder(self, name: str) -> str:
         """Who has a slide, in words."""
-        found = find_holder(self._root, quote(name, safe=""))
+        found = find_holder(self._root, key_of(name))
         if found is None or not found.is_live:
             return "nobody any more"
         return f"run {found.owner} on {found.host}, until {found.expires:%H:%M:%S} UTC or longer"
 
     def holds(self, name: str) -> bool:
         """Whether a slide is still this run's."""
-        return name in self._claims and quote(name, safe="") not in self._lease.lost
+        return name in self._claims and key_of(name) not in self._lease.lost
 
     def release(self, name: str) -> None:
         """Let others have a slide.
@@ -122,7 +123,7 @@ def judge(tasks: Sequence[SlideTask], *, overwrite: bool) -> list[tuple[Status, 
     if not tasks:
         return []
     if len(tasks) < NUM_THREADS:
-        done = {task.done_uri for task in tasks if storage.is_file(task.done_uri)}
+        done = {item.uri for task in tasks for item in storage.list_prefix(task.done_uri)}
     else:
         below = storage.join(tasks[0].output, "_state", "done")
         done = {item.uri for item in storage.list_objects(below)}
@@ -131,16 +132,18 @@ def judge(tasks: Sequence[SlideTask], *, overwrite: bool) -> list[tuple[Status, 
 
 
 def _judge(task: SlideTask, done: set[str], *, overwrite: bool) -> tuple[Status, str | None]:
-    if not storage.is_file(task.committed_uri):
+    try:
+        there = storage.stat(task.committed_uri)
+    except MissingObjectError:
         return "todo", None
-    if task.done_uri in done:
+    if _note_uri(task, there.size) in done:
         return "skipped", None
     # Nobody came to note it down, or it is of other settings: the slide itself knows.
     found = read_provenance(task.output_uri)
     if found is not None and found.get("digest") == task.digest:
         if storage.is_file(storage.join(task.work_uri, COMMIT)):
             return "todo", None  # what is left to do are its notes
-        mark_done(task, {})
+        mark_done(task)
         return "skipped", None
     return ("todo", None) if overwrite else ("conflict", _difference(task, found))
 
@@ -168,18 +171,21 @@ def _difference(task: SlideTask, found: dict[str, Any] | None) -> str:
     )
 
 
-def mark_done(task: SlideTask, facts: dict[str, Any]) -> None:
-    """Note that a slide is finished, so that the next run need not open it to know."""
-    storage.write_bytes(task.done_uri, json.dumps(facts, indent=1).encode())
+def mark_done(task: SlideTask) -> None:
+    """Note that what lies at the slide's place is it, so that the next run need not open it."""
+    size = storage.stat(task.committed_uri).size
+    storage.write_bytes(_note_uri(task, size), b"")
 
 
 def unmark(task: SlideTask) -> None:
-    """Forget that the slide was finished with any settings: its place is taken by other pixels."""
-    below = storage.join(task.output, "_state", "done")
-    mine = storage.join(below, quote(task.name, safe="") + "@")
-    for item in storage.list_objects(below):
-        if item.uri.startswith(mine) and item.uri != task.done_uri:
-            storage.delete([item.uri])
+    """Forget that the slide was ever finished: other pixels are about to take its place."""
+    mine = task.done_uri.rpartition("@")[0] + "@"
+    storage.delete([item.uri for item in storage.list_prefix(mine)])
+
+
+def _note_uri(task: SlideTask, size: int) -> str:
+    # With its size in the name, a listing tells whether what lies there has been replaced.
+    return f"{task.done_uri}.{size}"
 
 
 def sweep_stale(task: SlideTask) -> None:
@@ -215,18 +221,28 @@ def sweep_abandoned(
         if upload.started > oldest or upload.uri in wanted:
             continue
         name = upload.uri.removeprefix(output.rstrip("/") + "/").removesuffix(".tif")
-        if not claims.take(name):
+        # A bucket may hold other people's uploads, too.
+        if not _is_ours(output, name, upload.upload_id) or not claims.take(name):
             continue
         logger.info("removing the upload of %s that was begun %s", upload.uri, upload.started)
         uploads.abort(upload.uri, upload.upload_id)
-        storage.delete_below(storage.join(output, "_work", quote(name, safe="")))
+        storage.delete_below(storage.join(output, "_work", key_of(name)))
         claims.release(name)
+
+
+def _is_ours(output: str, name: str, upload_id: str) -> bool:
+    """Whether a work folder speaks of this upload."""
+    return any(
+        upload_id in storage.read_bytes(item.uri).decode()
+        for item in storage.list_objects(storage.join(output, "_work", key_of(name)))
+        if UPLOAD_RECORD.fullmatch(storage.name_of(item.uri))
+    )
 
 
 def discard_work(folder: str) -> None:
     """Remove a folder of unfinished work, and abort its uploads."""
     for item in storage.list_objects(folder):
-        if re.fullmatch(r"upload-\d+\.json", storage.name_of(item.uri)):
+        if UPLOAD_RECORD.fullmatch(storage.name_of(item.uri)):
             begun = json.loads(storage.read_bytes(item.uri))
             uploads.abort(begun["uri"], begun["upload_id"])
     storage.delete_below(folder)

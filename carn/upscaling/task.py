@@ -11,6 +11,9 @@ from carn import storage
 from carn.slides.slide_output import OutputSpec, SlideFormat
 from carn.upscaling.lr_view import InputConfig
 
+# Longest file name that a slide's own name becomes: file systems take 255 bytes with suffixes.
+MAX_KEY = 150
+
 
 @dataclass(frozen=True, kw_only=True)
 class PixelConfig:
@@ -96,7 +99,7 @@ class SlideTask:
     @property
     def work_root(self) -> str:
         """Folder of all unfinished work on this slide, whatever its settings."""
-        return storage.join(self.output, "_work", quote(self.name, safe=""))
+        return storage.join(self.output, "_work", key_of(self.name))
 
     @property
     def work_uri(self) -> str:
@@ -107,8 +110,7 @@ class SlideTask:
     @property
     def done_uri(self) -> str:
         """What says that the slide is finished with just these settings."""
-        name = f"{quote(self.name, safe='')}@{self.digest}"
-        return storage.join(self.output, "_state", "done", name)
+        return storage.join(self.output, "_state", "done", f"{key_of(self.name)}@{self.digest}")
 
     def to_json(self) -> str:
         """Itself as text, for another process."""
@@ -164,6 +166,18 @@ class SlidePlan:
         for name in ("lr_extent", "mpp", "done", "show_cell"):
             content[name] = content[name] and tuple(content[name])
         return cls(**content)
+
+
+def key_of(name: str) -> str:
+    """A slide's name as one plain file name; long ones are cut, and told apart by a hash."""
+    # Names of files need not be UTF-8.
+    key = quote(name, safe="", errors="surrogateescape").replace(
+        ".", "%2E", 1 * name.startswith(".")
+    )
+    if len(key) <= MAX_KEY:
+        return key
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    return f"{key[: MAX_KEY - 20]}-{digest[:16]}"
 
 
 def _digest(content: object) -> str:

@@ -4,6 +4,7 @@ Every step may run in another process or on another machine, may be killed and d
 what the earlier ones left on storage. `jobs/super_resolve.py` spreads the steps over a cluster.
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from carn import storage
-from carn.errors import MissingObjectError
+from carn.errors import MissingObjectError, SlideError
 from carn.models.checkpoint import load_model
 from carn.slides.slide_output import OutputSpec, SlideOutput, open_output
 from carn.upscaling.blocks import BlockRegion, LrBlock, block_region, read_block, upscale_block
@@ -42,6 +43,7 @@ def inspect(task: SlideTask) -> SlidePlan:
     Raises:
         CarnError: it cannot be opened, does not say its MPP, or the output cannot be begun.
     """
+    check_identity(task)
     with closing(open_view(task.uri, task.input, is_image=task.is_image)) as view:
         scale = task.scale
         extent = (view.extent[0] * scale, view.extent[1] * scale)
@@ -123,8 +125,9 @@ class BlockMaker:
         """Whether the slide's calibration is known here, or found on storage now."""
         opened = self._opened(plan)
         if opened.calibration is None:
+            _, engine, _ = self._networks(plan)
             try:
-                content = storage.read_bytes(calibration_uri(plan))
+                content = storage.read_bytes(calibration_uri(plan, engine.description))
             except MissingObjectError:
                 return False
             opened.calibration = Calibration.from_bytes(content)
@@ -149,7 +152,7 @@ class BlockMaker:
                 engine.description,
                 found.accuracy_db,
             )
-        storage.write_bytes(calibration_uri(plan), found.to_bytes())
+        storage.write_bytes(calibration_uri(plan, engine.description), found.to_bytes())
         opened.calibration = found
         self._current = ""  # the engine was tried out with others
 
@@ -201,6 +204,7 @@ class BlockMaker:
     def _opened(self, plan: SlidePlan) -> _Open:
         key = plan.task.work_uri
         if key not in self._open:
+            check_identity(plan.task)
             while len(self._open) >= MAX_OPEN:
                 self._open.pop(next(iter(self._open))).view.close()
             cells = None
@@ -236,9 +240,26 @@ class BlockMaker:
         return engine
 
 
-def calibration_uri(plan: SlidePlan) -> str:
-    """What the slide's poolings were frozen at."""
-    return storage.join(plan.task.work_uri, "calibration.bin")
+def calibration_uri(plan: SlidePlan, engine: str) -> str:
+    """What the slide's poolings were frozen at, and how exact one kind of engine is on it.
+
+    Args:
+        plan: the slide.
+        engine: its description; "" for what the names of all begin with.
+    """
+    digest = hashlib.sha256(engine.encode()).hexdigest()[:8] if engine else ""
+    return storage.join(plan.task.work_uri, f"calibration-{digest}")
+
+
+def check_identity(task: SlideTask) -> None:
+    """Make sure that the input is still what it was when it was listed.
+
+    Raises:
+        SlideError: it was replaced.
+        StorageError: it cannot be read.
+    """
+    if storage.identity(task.uri) != task.identity:
+        raise SlideError(task.uri, "was replaced while it was worked on; the next run begins anew")
 
 
 def region_of(plan: SlidePlan, index: int) -> BlockRegion:

@@ -87,6 +87,12 @@ def test_what_no_node_holds_is_an_error_unless_the_cluster_grows(
         crew_for(ClusterConfig(), EngineConfig(device="cuda"))
     crew = crew_for(ClusterConfig(cpus_per_actor=4.0, max_actors=5), EngineConfig())
     assert crew.max_actors == 5
+    # GPUs that are asked for are waited for, not done without.
+    crew = crew_for(ClusterConfig(gpus_per_actor=0.5, max_actors=8), EngineConfig())
+    assert (crew.device, crew.num_gpus) == ("cuda", 0.5)
+    monkeypatch.setattr("ray.nodes", nodes({"CPU": 2.0, "GPU": 1.0}))
+    with pytest.raises(ClusterError, match="--cpus-per-actor"):
+        crew_for(ClusterConfig(cpus_per_actor=8.0), EngineConfig())
 
 
 def test_items_come_out_of_a_thread_in_order_with_its_error() -> None:

@@ -229,6 +229,34 @@ def test_what_another_run_is_at_is_left_to_it(lab: Path) -> None:
     assert statuses(lab / "sr") == {"Case_1": "claimed", "Case_2": "done"}
 
 
+def test_results_are_never_taken_for_input_nor_put_in_its_place(lab: Path) -> None:
+    out = lab / "inbox" / "sr"
+    glob = (str(lab / "inbox" / "*.tif"), f"{out}/*.tif")
+    job = make_sr_job(lab, out, slides=(str(lab / "inbox" / "*_1.tif"),))
+    assert main(job) == 0
+    # What lies below the output and was made by this job is not found again.
+    assert main(make_sr_job(lab, out, slides=glob, run={"limit": 1})) == 0
+    assert set(statuses(out)) == {"Case_1", "Case_2"}
+    before = sha256_of(lab / "inbox" / "Case_1.tif")
+    job = make_sr_job(lab, lab / "inbox", slides=one(lab), run={"overwrite": True})
+    assert main(job) == 1
+    assert sha256_of(lab / "inbox" / "Case_1.tif") == before
+    (slide,) = last_summary(lab / "inbox")["slides"]
+    assert "which is an input" in slide["reason"]
+
+
+def test_a_run_that_breaks_says_what_it_has_done(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_arguments: Any, **_options: Any) -> Any:
+        raise RuntimeError("the cluster is gone")
+
+    monkeypatch.setattr(sr_night, "run_blocks", broken)
+    assert main(make_sr_job(lab, lab / "sr")) == 1
+    assert "the cluster is gone" in capsys.readouterr().out
+    assert "the cluster is gone" in last_summary(lab / "sr")["is_stopped"]
+
+
 def test_images_and_zarr(lab: Path) -> None:
     from PIL import Image
 

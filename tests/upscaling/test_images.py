@@ -182,8 +182,8 @@ def test_a_result_too_large_for_memory_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_an_inexact_engine_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model = small_carn(2)
     engine = reference_engine(model)
-    exact = engine.upscale
-    engine.upscale = lambda window: exact(window) ^ 3  # type: ignore[method-assign]
+    exact = engine.upscale_float
+    engine.upscale_float = lambda window: exact(window) + 3 / 255  # type: ignore[method-assign]
     view: LrView = view_of(draw(40, 30))
     upscale_view(view, model, engine, is_measured=True)
     assert "--precision fp32" in caplog.text

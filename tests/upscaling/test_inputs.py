@@ -33,9 +33,9 @@ def test_a_single_file_takes_its_own_name(inbox: Path) -> None:
     assert item.name == "Three"
 
 
-def test_a_glob_matches_across_folders(inbox: Path) -> None:
-    found = find_inputs([f"{inbox}/*/T*.tif"])
-    assert [item.name for item in found] == ["b/Two", "b/deep/Three"]
+def test_a_glob_names_each_folder_on_the_way(inbox: Path) -> None:
+    assert [item.name for item in find_inputs([f"{inbox}/*/T*.tif"])] == ["b/Two"]
+    assert [item.name for item in find_inputs([f"{inbox}/?/d*/*"])] == ["b/deep/Three"]
     with pytest.raises(MissingObjectError, match="matches no slides"):
         find_inputs([f"{inbox}/*.ndpi"])
 

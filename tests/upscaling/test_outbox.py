@@ -14,7 +14,7 @@ from carn.slides.slide_output import OutputSpec, SlideFormat, open_output
 from carn.upscaling import outbox
 from carn.upscaling.lr_view import InputConfig
 from carn.upscaling.outbox import SlideClaims, judge, sweep_abandoned, sweep_stale
-from carn.upscaling.task import PixelConfig, SlideTask
+from carn.upscaling.task import PixelConfig, SlideTask, key_of
 from tests.conftest import Bucket, draw
 
 
@@ -124,8 +124,19 @@ def test_a_committed_slide_whose_notes_were_not_made_is_not_through(tmp_path: Pa
 
 def test_a_note_of_a_slide_that_is_gone_does_not_count(tmp_path: Path) -> None:
     task = make_task(tmp_path)
-    outbox.mark_done(task, {})
+    make_slide(task)
+    outbox.mark_done(task)
+    Path(task.output_uri).unlink()
     assert judge([task], overwrite=False) == [("todo", None)]
+
+
+def test_a_note_of_a_slide_that_was_replaced_does_not_count(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    make_slide(task)
+    outbox.mark_done(task)
+    Path(task.output_uri).write_bytes(b"somebody's thesis")
+    ((status, _),) = judge([task], overwrite=False)
+    assert status == "conflict"
 
 
 @pytest.mark.parametrize(
@@ -160,11 +171,11 @@ def test_what_is_not_ours_is_in_the_way(tmp_path: Path) -> None:
 
 def test_overwritten_slides_are_no_longer_noted_as_the_old_ones(tmp_path: Path) -> None:
     old, new = make_task(tmp_path), make_task(tmp_path, identity="etag:2:2")
-    outbox.mark_done(old, {})
-    outbox.mark_done(new, {})
+    make_slide(old)
+    outbox.mark_done(old)
+    assert judge([old], overwrite=False) == [("skipped", None)]
     outbox.unmark(new)
-    assert not storage.is_file(old.done_uri)
-    assert storage.is_file(new.done_uri)
+    assert storage.list_objects(str(tmp_path / "_state")) == []
 
 
 def test_stale_work_is_swept_with_its_upload(tmp_path: Path) -> None:
@@ -238,3 +249,20 @@ def test_a_killed_run_of_this_machine_holds_nobody_up(
         monkeypatch.undo()
         assert claims.take("x")
         assert claims.holds("x")
+
+
+def test_uploads_of_others_are_not_ours_to_sweep(s3: Bucket) -> None:
+    other = uploads.begin(s3.uri("sr/theirs.tif"))
+    with SlideClaims(s3.uri("sr"), owner="this", lease_s=600) as ours:
+        sweep_abandoned(s3.uri("sr"), ours, days=-1)
+    assert [found.upload_id for found in uploads.list_uploads(s3.uri("sr"))] == [other]
+    uploads.abort(s3.uri("sr/theirs.tif"), other)
+
+
+def test_names_become_file_names() -> None:
+    assert key_of("case/One") == "case%2FOne"
+    assert not key_of(".hidden").startswith(".")
+    long = [key_of("\u75c5" * 60 + end) for end in "ab"]
+    assert long[0] != long[1]
+    assert max(map(len, long)) <= 150
+    assert key_of("M\udcfcller") == "M%FCller"
