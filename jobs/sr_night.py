@@ -43,6 +43,9 @@ WAVE_BYTES = {"cpu": 100e6, "cuda": 4e9}
 MAX_WAVE = 512
 # Times that a slide is done again because its parts were found changed at the end.
 MAX_ROUNDS = 3
+# Seconds after the deadline that blocks at hand may take: an actor that waits for ever for its node,
+# or for a mount, must not hold the morning up.
+GRACE_S = 900.0
 # Points of the report's curve of throughput.
 PACE_STEPS = 24
 LOST = "blocks were lost: their workers died, or Ray gave them up; see its logs"
@@ -374,6 +377,10 @@ class Night:
             self._collect(wave)
             if self._must_stop():
                 wave.board.stop.remote()
+                since = datetime.now().astimezone() - (self._deadline or self.started)
+                if self.stopped == "deadline" and since.total_seconds() > GRACE_S:
+                    logger.warning("blocks at hand did not end in time; they are left")
+                    break
             if result is not None:
                 self._take(wave, *result)
         while not wave.finishing.is_idle:

@@ -44,7 +44,7 @@ class TissueMask:
         return float(on_slide.sum() / ((x1 - x0) * (y1 - y0)))
 
 
-def tissue_mask(pixels: Rgb) -> NDArray[np.bool_]:
+def tissue_mask(pixels: Rgb, *, is_generous: bool = False) -> NDArray[np.bool_]:
     """True on tissue, for a picture of a slide on a light background.
 
     Saturation above Otsu's threshold (Otsu 1979, https://doi.org/10.1109/TSMC.1979.4310076), as is
@@ -52,6 +52,8 @@ def tissue_mask(pixels: Rgb) -> NDArray[np.bool_]:
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
+        is_generous: rather take glass for tissue than the other way round: saturation above
+            MIN_SATURATION counts, and specks of 2 x 2 px stay.
     """
     from scipy import ndimage
     from skimage.filters import threshold_otsu
@@ -62,24 +64,36 @@ def tissue_mask(pixels: Rgb) -> NDArray[np.bool_]:
     # Black or pen-dark pixels would drag the threshold; glass and tissue are what it must part.
     considered = saturation[high >= MIN_GREY]
     limit = float(MIN_SATURATION)
-    if considered.size and considered.min() < considered.max():
+    if not is_generous and considered.size and considered.min() < considered.max():
         limit = min(max(limit, float(threshold_otsu(considered))), MAX_SATURATION)
     tissue = (saturation > limit) & (high >= MIN_GREY)
-    tissue = ndimage.binary_opening(tissue, structure=np.ones((3, 3)))
+    least_px = 2 if is_generous else 3
+    tissue = ndimage.binary_opening(tissue, structure=np.ones((least_px, least_px)))
     tissue = ndimage.binary_closing(tissue, structure=np.ones((7, 7)))
     cleaned: NDArray[np.bool_] = tissue
     return cleaned
 
 
-def find_tissue(slide: Slide, *, max_side_px: int = MASK_SIDE_PX) -> TissueMask:
+def find_tissue(
+    slide: Slide, *, max_side_px: int = MASK_SIDE_PX, is_generous: bool = False
+) -> TissueMask:
     """The tissue of a slide, on a picture of it with sides of at most `max_side_px`.
+
+    Args:
+        slide: where to look.
+        max_side_px: of the picture.
+        is_generous: as `tissue_mask`.
 
     Raises:
         DamagedTileError: the coarse level cannot be decoded.
     """
     pixels = slide.thumbnail(max_side_px)
     downsample = max(slide.extent[0] / pixels.shape[1], slide.extent[1] / pixels.shape[0])
-    return TissueMask(mask=tissue_mask(pixels), downsample=downsample, extent=slide.extent)
+    return TissueMask(
+        mask=tissue_mask(pixels, is_generous=is_generous),
+        downsample=downsample,
+        extent=slide.extent,
+    )
 
 
 def tissue_grid(tissue: TissueMask, *, tile_px: int, min_share: float) -> NDArray[np.int64]:

@@ -64,7 +64,8 @@ class TissueCells:
         if view.slide.reader == "image":
             return cls.everywhere(view.extent)
         try:
-            mask = find_tissue(view.slide).mask
+            # What is taken for glass is not inferred: isolated cells and pale stains must not be.
+            mask = find_tissue(view.slide, is_generous=True).mask
         except DamagedTileError as error:
             if view.config.on_damaged_tile == "fail":
                 raise

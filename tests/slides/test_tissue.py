@@ -164,3 +164,18 @@ def test_an_empty_slide_gives_no_tiles(write_slide: WriteSlide) -> None:
     with open_slide(write_slide(pixels=glass())) as slide:
         corners = tissue_grid(find_tissue(slide), tile_px=100, min_share=0.01)
     assert corners.shape == (0, 2)
+
+
+def test_a_generous_mask_keeps_small_and_pale_tissue() -> None:
+    pixels = np.full((60, 60, 3), 240, dtype=np.uint8)
+    pixels[10:40, 10:40] = (150, 60, 130)  # strong, so that Otsu parts it from the pale
+    pixels[50:52, 50:52] = (190, 120, 170)  # a speck of 2 x 2 px
+    pixels[20:40, 45:55] = (240, 222, 236)  # pale
+    strict, generous = tissue_mask(pixels), tissue_mask(pixels, is_generous=True)
+    assert strict[20, 20]
+    assert not strict[50, 50]
+    assert not strict[30, 50]
+    assert generous[20, 20]
+    assert generous[50, 50]
+    assert generous[30, 50]
+    assert not generous[:8].any()
