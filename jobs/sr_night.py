@@ -43,8 +43,8 @@ WAVE_BYTES = {"cpu": 100e6, "cuda": 4e9}
 MAX_WAVE = 512
 # Times that a slide is done again because its parts were found changed at the end.
 MAX_ROUNDS = 3
-# Seconds after the deadline that blocks at hand may take: an actor that waits for ever for its node,
-# or for a mount, must not hold the morning up.
+# Seconds after the deadline that blocks at hand may take: an actor that waits for ever, for its
+# node or a mount, must not hold the morning up.
 GRACE_S = 900.0
 # Points of the report's curve of throughput.
 PACE_STEPS = 24
@@ -136,10 +136,9 @@ class Night:
     def judge(self, inputs: Sequence[SlideInput]) -> None:
         """Part what is to be done from what is done, in the way, or beyond help."""
         tasks = {}
+        inputs = [item for item in inputs if not self._is_own_output(item.uri)]
         places = {item.uri for item in inputs}
         for item in inputs:
-            if self._is_own_output(item.uri):
-                continue
             slide = SlideSummary(
                 name=item.name,
                 uri=item.uri,
