@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from carn import storage
-from carn.errors import MissingObjectError
+from carn.errors import MissingObjectError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,10 @@ def _one_per_dicom_series(uris: list[str]) -> list[str]:
 
 
 def _series_uid(uri: str) -> bytes | None:
-    source = storage.open_source(uri)
+    try:
+        source = storage.open_source(uri)
+    except StorageError:  # it stands for itself, and is an error when it is opened
+        return None
     try:
         (header,) = source.read_ranges([(0, DICOM_HEADER_BYTES)])
     finally:

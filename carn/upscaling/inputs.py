@@ -3,6 +3,7 @@
 import csv
 import fnmatch
 import io
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from carn import storage
 from carn.errors import CarnError, MissingObjectError
 from carn.slides.image import IMAGE_SUFFIXES
 from carn.slides.listing import SLIDE_SUFFIXES, list_slides
+
+logger = logging.getLogger(__name__)
 
 # Files asked for their identity at once: over S3 each is a round trip of tens of milliseconds.
 NUM_IDENTITY_THREADS = 16
@@ -56,16 +59,23 @@ def find_inputs(slides: Sequence[str], images: Sequence[str] = ()) -> list[Slide
         images: folders, prefixes, globs or files of plain images.
 
     Raises:
-        MissingObjectError: a folder, glob or manifest with nothing in it.
+        MissingObjectError: there is nothing in any of them; where only some hold nothing, that is
+            a warning.
         CarnError: storage does not answer, or a manifest is not one.
     """
     found: dict[str, SlideInput] = {}
-    for root in slides:
-        for item in _below(root, is_image=False):
-            found.setdefault(item.uri, item)
-    for root in images:
-        for item in _below(root, is_image=True):
-            found.setdefault(item.uri, item)
+    empty: list[MissingObjectError] = []
+    for roots, is_image in ((slides, False), (images, True)):
+        for root in roots:
+            try:
+                for item in _below(root, is_image=is_image):
+                    found.setdefault(item.uri, item)
+            except MissingObjectError as error:
+                empty.append(error)
+    if empty and not found:
+        raise empty[0]
+    for missing in empty:
+        logger.warning("%s", missing)
     with ThreadPoolExecutor(NUM_IDENTITY_THREADS) as pool:
         known = list(pool.map(_identified, found.values()))
     return _with_own_names(sorted(known, key=lambda item: (item.name, item.uri)))

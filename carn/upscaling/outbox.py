@@ -135,7 +135,17 @@ def _judge(task: SlideTask, done: set[str], *, overwrite: bool) -> tuple[Status,
     try:
         there = storage.stat(task.committed_uri)
     except MissingObjectError:
-        return "todo", None
+        is_foreign = (
+            task.format.container == "ome-zarr"
+            and not storage.list_objects(task.work_root)
+            and bool(storage.list_objects(task.output_uri))
+        )
+        # Without the object that commits ours: another program's, or another version's.
+        return (
+            ("conflict", _difference(task, None))
+            if is_foreign and not overwrite
+            else ("todo", None)
+        )
     if _note_uri(task, there.size) in done:
         return "skipped", None
     # Nobody came to note it down, or it is of other settings: the slide itself knows.

@@ -556,7 +556,7 @@ def test_a_finish_that_was_killed_anywhere_is_finished_by_the_next(
                     finished = output.finish(icc_profile=ICC)
                     assert max(finished.thumbnail.shape) == 550
         assert Path(spec.uri).read_bytes() == whole
-        assert not list(tmp_path.glob(f"{number}/work/blocks/*"))
+        assert not list(tmp_path.glob(f"{number}/*/blocks/*"))
         number += 1
     assert number > 20
 

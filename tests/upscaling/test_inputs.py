@@ -103,3 +103,10 @@ def test_images(inbox: Path, tmp_path: Path) -> None:
     assert [(item.name, item.is_image) for item in found if item.is_image] == [("x", True)]
     with pytest.raises(MissingObjectError, match="no images"):
         find_inputs([], [str(inbox / "a")])
+
+
+def test_an_empty_folder_among_others_is_no_error(inbox: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert len(find_inputs([str(inbox), str(tmp_path / "empty")])) == 3
+    with pytest.raises(MissingObjectError):
+        find_inputs([str(tmp_path / "empty")])

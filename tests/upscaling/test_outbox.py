@@ -169,6 +169,17 @@ def test_what_is_not_ours_is_in_the_way(tmp_path: Path) -> None:
     assert "not made by this program" in reason
 
 
+def test_a_zarr_of_another_program_is_in_the_way(tmp_path: Path) -> None:
+    task = make_task(tmp_path, format=SlideFormat(container="ome-zarr", tile_px=16))
+    storage.write_bytes(storage.join(task.output_uri, "0", "0", "0"), b"a chunk of version 0.4")
+    ((status, _),) = judge([task], overwrite=False)
+    assert status == "conflict"
+    assert judge([task], overwrite=True) == [("todo", None)]
+    # What an unfinished run of ours has left there is not.
+    storage.write_bytes(storage.join(task.work_uri, "started.json"), b"{}")
+    assert judge([task], overwrite=False) == [("todo", None)]
+
+
 def test_overwritten_slides_are_no_longer_noted_as_the_old_ones(tmp_path: Path) -> None:
     old, new = make_task(tmp_path), make_task(tmp_path, identity="etag:2:2")
     make_slide(old)
