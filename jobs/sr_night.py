@@ -121,7 +121,6 @@ class Night:
         self.sizes: dict[str, int] = {}
         self.pictures: dict[str, bytes] = {}
         self.stages: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-        self.actor_seconds = 0.0
         self.num_actors = 0
         self.num_lr_px = 0
         self.working_seconds = 0.0

@@ -310,7 +310,12 @@ class SlideOutput(ABC):
 
     @abstractmethod
     def write_block(
-        self, index: int, pixels: Rgb, *, facts: Mapping[str, NDArray[Any] | float | int | str]
+        self,
+        index: int,
+        pixels: Rgb,
+        *,
+        facts: Mapping[str, NDArray[Any] | float | int | str],
+        seconds: dict[str, float] | None = None,
     ) -> int:
         """Encode and store a block, and record it; what was there of it is replaced.
 
@@ -318,6 +323,7 @@ class SlideOutput(ABC):
             index: the block, row by row.
             pixels: (H, W, 3) uint8 RGB, the block's px.
             facts: what to keep with its record, for `block_facts`.
+            seconds: takes up what each part of it took, as `encode_s` and `upload_s`.
 
         Returns:
             Bytes written of the slide (not of the record).

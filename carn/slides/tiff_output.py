@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
@@ -146,9 +147,15 @@ class TiffOutput(SlideOutput):
         return {record.index for record in records if record is not None and stored.has(record)}
 
     def write_block(
-        self, index: int, pixels: Rgb, *, facts: Mapping[str, NDArray[Any] | float | int | str]
+        self,
+        index: int,
+        pixels: Rgb,
+        *,
+        facts: Mapping[str, NDArray[Any] | float | int | str],
+        seconds: dict[str, float] | None = None,
     ) -> int:
         self._check_block(index, pixels)
+        started = time.perf_counter()
         block = encode_block(
             pixels,
             num_levels=num_block_levels(self.spec),
@@ -156,6 +163,7 @@ class TiffOutput(SlideOutput):
             form=self.spec.format,
             pool=self._pool,
         )
+        encoded = time.perf_counter()
         etag, sha256 = self._store(index, block.payload)
         arrays = {
             "size": len(block.payload),
@@ -167,6 +175,9 @@ class TiffOutput(SlideOutput):
             "piece": pixels if block.piece is None else block.piece,
         }
         self._write_record(index, arrays, facts=facts)
+        if seconds is not None:
+            seconds["encode_s"] = encoded - started
+            seconds["upload_s"] = time.perf_counter() - encoded
         return len(block.payload)
 
     def _store(self, index: int, payload: bytes) -> tuple[str, str]:

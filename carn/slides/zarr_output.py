@@ -9,6 +9,7 @@ Source: https://ngff.openmicroscopy.org/0.5/; https://zarr-specs.readthedocs.io/
 
 import base64
 import json
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -77,11 +78,17 @@ class ZarrOutput(SlideOutput):
         }
 
     def write_block(
-        self, index: int, pixels: Rgb, *, facts: Mapping[str, NDArray[Any] | float | int | str]
+        self,
+        index: int,
+        pixels: Rgb,
+        *,
+        facts: Mapping[str, NDArray[Any] | float | int | str],
+        seconds: dict[str, float] | None = None,
     ) -> int:
         self._check_block(index, pixels)
         num_levels = num_block_levels(self.spec)
         sizes, etags = [], []
+        started, uploading_s = time.perf_counter(), 0.0
         level_px = pixels
         for level, level_px in enumerate(block_levels(pixels, num_levels=num_levels)):
             uri = self._target(self._shard(index, level))
@@ -94,12 +101,17 @@ class ZarrOutput(SlideOutput):
                 sizes.append(0)
                 etags.append("")
                 continue
+            encoded = time.perf_counter()
             storage.write_bytes(uri, content)
             sizes.append(len(content))
             etags.append(storage.stat(uri).etag or "")
+            uploading_s += time.perf_counter() - encoded
         piece = halved(level_px) if has_more_levels(self.spec) else pixels
         arrays = {"sizes": np.array(sizes, np.uint64), "etags": np.array(etags), "piece": piece}
         self._write_record(index, arrays, facts=facts)
+        if seconds is not None:
+            seconds["upload_s"] = uploading_s
+            seconds["encode_s"] = time.perf_counter() - started - uploading_s
         return sum(sizes)
 
     def _target(self, *names: str) -> str:

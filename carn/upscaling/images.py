@@ -23,6 +23,7 @@ from carn.errors import CarnError, MissingObjectError, SlideError
 from carn.models.checkpoint import checkpoint_hash, load_model, read_checkpoint
 from carn.slides.image import IMAGE_SUFFIXES
 from carn.slides.slide import MAX_REGION_PX, Rgb
+from carn.slides.slide_output import NOTICE
 from carn.upscaling.blocks import block_region, num_blocks, read_block, upscale_block
 from carn.upscaling.calibration import calibrate
 from carn.upscaling.engine import Engine, EngineConfig, make_engine
@@ -31,7 +32,6 @@ from carn.version import code_version
 
 logger = logging.getLogger(__name__)
 
-NOTICE = "super-resolved, not for primary diagnosis"
 # Keyword of the text chunk that holds the provenance, JSON.
 PROVENANCE_KEYWORD = "carn"
 BLOCK_PX = 4096

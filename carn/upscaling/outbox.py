@@ -1,7 +1,7 @@
 """What an output folder says of each slide: finished, in the way, begun by a run that is gone.
 
-Below the output: the slides; `_state/done/<name>@<digest>` for every finished one; `_state/claims`;
-`_work/<name>/<digest>/` for unfinished ones; `runs/<id>/`.
+Below the output: the slides; `_state/done/<name>@<digest>.<size>` for every finished one;
+`_state/claims`; `_work/<name>/<digest>/` for unfinished ones; `runs/<id>/`.
 """
 
 import json

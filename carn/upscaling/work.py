@@ -19,6 +19,7 @@ from carn import storage
 from carn.errors import MissingObjectError, SlideError
 from carn.models.checkpoint import load_model
 from carn.slides.slide_output import OutputSpec, SlideOutput, open_output
+from carn.slides.tiff_output import MAX_BLOCKS
 from carn.upscaling.blocks import BlockRegion, LrBlock, block_region, read_block, upscale_block
 from carn.upscaling.calibration import Calibration, calibrate
 from carn.upscaling.engine import Engine, EngineConfig, make_engine, reference_engine
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 # An engine this far from fp32 on a slide's own tissue is not used for it.
 MIN_ACCURACY_DB = 60.0
-# More leave no room for the joined small parts among S3's 10,000.
-MAX_BLOCKS = 6000
 # Slides whose header, cells and calibration a process keeps at hand.
 MAX_OPEN = 4
 
@@ -195,9 +194,9 @@ class BlockMaker:
         output = opened.output
 
         def write() -> dict[str, Any]:
-            begun = time.perf_counter()
-            num_bytes = output.write_block(index, result.pixels, facts=record)
-            return {"encode_s": time.perf_counter() - begun, "num_bytes": num_bytes}
+            seconds: dict[str, float] = {}
+            num_bytes = output.write_block(index, result.pixels, facts=record, seconds=seconds)
+            return {**seconds, "num_bytes": num_bytes}
 
         return self._writers.submit(write), facts
 
