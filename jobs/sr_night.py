@@ -128,6 +128,7 @@ class Night:
         self.begun: set[str] = set()
         self.num_shown = 0
         self.crew: Crew | None = None
+        self._finishing: Finishing | None = None
         self._deadline: datetime | None = None
 
     # ------------------------------------------------------------------------------ beforehand
@@ -242,11 +243,22 @@ class Night:
         if not self.todo:
             return
         # A place that cannot be written is better known now than after the first block.
-        storage.write_bytes(storage.join(self.output, "_state", "begun"), self.run_id.encode())
+        self._check_output()
         logger.info("starting Ray, or connecting to it")
         start_ray()
         self.crew = crew_for(self.job.cluster, self.job.engine)
         self.num_actors = self.crew.max_actors
+
+    def _check_output(self) -> None:
+        """Write a little to the output.
+
+        Asked after a slide failed over storage, too: if it is down for good, every other one would
+        fail the same way, each after minutes of trying.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        storage.write_bytes(storage.join(self.output, "_state", "begun"), self.run_id.encode())
 
     def work(self) -> None:
         """Do what there is to do, wave by wave, until it is done or the deadline has come."""
@@ -306,6 +318,7 @@ class Night:
             except StorageError as error:
                 self._set(task.name, status="failed", reason=str(error))
                 logger.warning("%s failed: %s", task.name, error)
+                self._check_output()
                 continue
             self.begun.add(task.name)
             wave.append(task)
@@ -345,6 +358,8 @@ class Night:
             if task.name not in plans and self.slides[task.name].reason is None:
                 self._set(task.name, status="failed", reason=LOST)
         found = [plans[task.name] for task in wave if task.name in plans]
+        if len(found) < len(wave):
+            self._check_output()
         for plan in found:
             self._set(
                 plan.task.name,
@@ -363,7 +378,8 @@ class Night:
         Returns:
             Tasks whose parts turned out stale, to be done again.
         """
-        wave = _Wave(plans, claims, every_s=self.job.run.progress_s)
+        self._finishing = self._finishing or Finishing()
+        wave = _Wave(plans, claims, self._finishing, every_s=self.job.run.progress_s)
         started = time.monotonic()
         for slide in range(len(plans)):
             if not wave.left[slide]:
@@ -371,19 +387,24 @@ class Night:
         results = run_blocks(
             plans, wave.blocks, board=wave.board, engine=self.job.engine, crew=crew
         )
-        for result in in_thread(results):
-            self._collect(wave)
-            if self._must_stop():
-                wave.board.stop.remote()
-                since = datetime.now().astimezone() - (self._deadline or self.started)
-                if self.stopped == "deadline" and since.total_seconds() > GRACE_S:
-                    logger.warning("blocks at hand did not end in time; they are left")
-                    break
-            if result is not None:
-                self._take(wave, *result)
-        while not wave.finishing.is_idle:
-            self._collect(wave, timeout_s=1.0)
-        self.working_seconds += time.monotonic() - started
+        try:
+            for result in in_thread(results):
+                self._collect(wave)
+                if self._must_stop():
+                    wave.board.stop.remote()
+                    since = datetime.now().astimezone() - (self._deadline or self.started)
+                    if self.stopped == "deadline" and since.total_seconds() > GRACE_S:
+                        logger.warning("blocks at hand did not end in time; they are left")
+                        break
+                if result is not None:
+                    self._take(wave, *result)
+            while not wave.finishing.is_idle:
+                self._collect(wave, timeout_s=1.0)
+        except BaseException:
+            wave.board.stop.remote()  # whoever is at work need not begin another block
+            raise
+        finally:
+            self.working_seconds += time.monotonic() - started
         for slide, plan in enumerate(plans):
             if wave.left[slide] and slide not in wave.failed:
                 status: Status = "unfinished" if self.stopped else "failed"
@@ -408,6 +429,8 @@ class Night:
                     return
                 self._set(plan.task.name, status="failed", reason=facts["reason"])
                 logger.warning("%s failed: %s", plan.task.name, facts["reason"])
+                if facts.get("is_storage"):
+                    self._check_output()
             return
         left = wave.left[slide]
         left.discard(block)
@@ -461,6 +484,8 @@ class Night:
             return plan.task
         self._set(name, status="failed", reason=outcome["reason"])
         logger.warning("%s failed: %s", name, outcome["reason"])
+        if outcome.get("is_storage"):
+            self._check_output()
         return None
 
     # ------------------------------------------------------------------------------ the end
@@ -527,7 +552,14 @@ def _pace(made: Sequence[tuple[float, int]]) -> Pace | None:
 class _Wave:
     """Slides that are done together, and how far they are."""
 
-    def __init__(self, plans: Sequence[SlidePlan], claims: SlideClaims, *, every_s: float) -> None:
+    def __init__(
+        self,
+        plans: Sequence[SlidePlan],
+        claims: SlideClaims,
+        finishing: Finishing,
+        *,
+        every_s: float,
+    ) -> None:
         self.plans = plans
         self.claims = claims
         self.board = make_board()
@@ -539,5 +571,5 @@ class _Wave:
         # When the first block of a slide was begun, on the monotonic clock.
         self.begun: dict[str, float] = {}
         self.stale: list[SlideTask] = []
-        self.finishing = Finishing()
+        self.finishing = finishing
         self.show = ProgressLines(num_blocks=len(self.blocks), every_s=every_s)

@@ -22,7 +22,8 @@ import ray
 import ray.data
 from ray.util import metrics
 
-from carn.errors import CarnError, UploadGoneError
+from carn.errors import CarnError, StorageError, UploadGoneError
+from carn.training.engine import KEEPING_ENVIRONMENT
 from carn.upscaling.blocks import LrBlock
 from carn.upscaling.engine import EngineConfig
 from carn.upscaling.task import SlidePlan
@@ -106,7 +107,8 @@ class Crew:
         min_actors, max_actors: of these.
         num_cpus, num_gpus: of each of these.
         num_readers: actors that read, where the work is split.
-        blocks_per_task: that go to an actor at a time.
+        blocks_per_task: that go to an actor at a time, at most. One is written while the next is
+            inferred.
     """
 
     is_split: bool
@@ -157,7 +159,7 @@ def crew_for(cluster: ClusterConfig, engine: EngineConfig) -> Crew:
             f"{cpus}, GPUs: {gpus}); lower --cpus-per-actor or --gpus-per-actor, or say with "
             "--max-actors how many a growing cluster may come to hold"
         )
-    per_task = cluster.blocks_per_task or (4 if is_cuda else 1)
+    per_task = cluster.blocks_per_task or (4 if is_cuda else 2)
     readers = cluster.num_readers or (2 * max_actors if is_cuda else 1)
     return Crew(
         is_split=is_split,
@@ -328,8 +330,8 @@ def run_blocks(
     """Make blocks; yields (slide, block, facts) as they are done, roughly in order.
 
     Facts are what `BlockMaker` says of a block, or `reason` (why it failed; with `is_stale` where
-    the slide's upload is gone), or `verdict` ("cancelled", "stopped": it was not begun). A block
-    that Ray loses for good is not yielded.
+    the slide's upload is gone, and whether it `is_storage`'s fault), or `verdict` ("cancelled",
+    "stopped": it was not begun). A block that Ray loses for good is not yielded.
 
     Args:
         plans: the slides.
@@ -341,7 +343,9 @@ def run_blocks(
     if not blocks:
         return
     rows = [{"slide": slide, "block": block} for slide, block in blocks]
-    num_tasks = max(1, -(-len(rows) // crew.blocks_per_task))
+    # Where there are few blocks, all actors having some is worth more.
+    per_task = max(1, min(crew.blocks_per_task, len(rows) // (2 * crew.max_actors)))
+    num_tasks = -(-len(rows) // per_task)
     threads = engine.num_threads or max(1, int(crew.num_cpus))
     engine = replace(engine, device=crew.device, num_threads=threads)
     arguments = ([plan.to_json() for plan in plans], board, engine)
@@ -363,6 +367,8 @@ def run_blocks(
         compute=ray.data.ActorPoolStrategy(min_size=crew.min_actors, max_size=crew.max_actors),
         num_cpus=crew.num_cpus,
         num_gpus=crew.num_gpus or None,
+        # Ray Data calls actors in a thread that is not their first.
+        runtime_env={"env_vars": dict(KEEPING_ENVIRONMENT)},
     )
     tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     for table in tables:
@@ -383,6 +389,6 @@ def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, UploadGoneError):
         return {"reason": str(error), "is_stale": True}
     if isinstance(error, CarnError):
-        return {"reason": str(error)}
+        return {"reason": str(error), "is_storage": isinstance(error, StorageError)}
     logger.error("process %d: %s", os.getpid(), traceback.format_exc())
     return {"reason": f"{type(error).__name__}: {error} (an error of this program)"}

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import ray
 
-from carn.errors import CarnError, UnfinishedError, UploadGoneError
+from carn.errors import CarnError, StorageError, UnfinishedError, UploadGoneError
 from carn.report.page import format_count
 from carn.upscaling.finish import finish
 from carn.upscaling.lr_view import open_view
@@ -55,7 +55,8 @@ def finish_unit(plan: str, threshold_db: float, has_pictures: bool) -> dict[str,
     """What became of a slide whose blocks are all on storage.
 
     Returns:
-        `summary` (of a SlideSummary, as JSON) and `pictures`, or `reason`, or `stale`.
+        `summary` (of a SlideSummary, as JSON) and `pictures`, or `stale`, or `reason` with whether
+        it `is_storage`'s fault.
     """
     try:
         summary, pictures = finish(
@@ -64,11 +65,19 @@ def finish_unit(plan: str, threshold_db: float, has_pictures: bool) -> dict[str,
     except (UnfinishedError, UploadGoneError) as error:
         return {"stale": str(error)}
     except CarnError as error:
-        return {"reason": str(error)}
+        return {"reason": str(error), "is_storage": isinstance(error, StorageError)}
     except Exception as error:  # of this slide alone
         logger.exception("finishing %s", plan[:200])
         return {"reason": f"{type(error).__name__}: {error} (an error of this program)"}
     return {"summary": summary.to_json(), "pictures": pictures}
+
+
+class Finisher:
+    """An actor that finishes slides; made early, for a process takes seconds to begin."""
+
+    def finish(self, plan: str, threshold_db: float, has_pictures: bool) -> dict[str, Any]:
+        """As `finish_unit`."""
+        return finish_unit(plan, threshold_db, has_pictures)
 
 
 class Finishing:
@@ -76,9 +85,14 @@ class Finishing:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, tuple[Any, ...]]] = deque()
-        self._running: dict[Any, int] = {}
+        self._running: dict[Any, tuple[int, Any]] = {}
         # Next to nothing to compute: it must not wait for the actors to leave a CPU.
-        self._call: Any = ray.remote(num_cpus=0, max_retries=3)(finish_unit)
+        self._make: Any = (
+            ray.remote(Finisher)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=3, scheduling_strategy="SPREAD")
+            .remote
+        )
+        self._idle: list[Any] = [self._make()]
 
     def begin(
         self, slide: int, plan: SlidePlan, *, threshold_db: float, has_pictures: bool
@@ -90,16 +104,20 @@ class Finishing:
         """The slides that are finished by now, each with what `finish_unit` says of it."""
         while self._waiting and len(self._running) < MAX_FINISHING:
             slide, arguments = self._waiting.popleft()
-            self._running[self._call.remote(*arguments)] = slide
+            actor = self._idle.pop() if self._idle else self._make()
+            self._running[actor.finish.remote(*arguments)] = slide, actor
         if not self._running:
             return
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout_s)
         for reference in done:
-            slide = self._running.pop(reference)
+            slide, actor = self._running.pop(reference)
             try:
-                yield slide, ray.get(reference)
+                outcome = ray.get(reference)
             except ray.exceptions.RayError as error:
                 yield slide, {"reason": f"the process that finished it died: {error}"}
+                continue
+            self._idle.append(actor)
+            yield slide, outcome
 
     @property
     def is_idle(self) -> bool:

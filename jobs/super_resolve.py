@@ -61,8 +61,8 @@ def main(job: SuperResolveJob) -> int:
         if night.crew is None:
             raise  # it could not begin
         # Storage or Ray gave out under it: what was done counts, and is told.
-        logger.exception("the run ends early")
-        night.stopped = f"{type(error).__name__}: {error}"
+        logger.error("the run ends early: %s", error, exc_info=not isinstance(error, CarnError))
+        night.stopped = str(error) if isinstance(error, CarnError) else repr(error)
         is_broken = True
     print(night.conclude(), flush=True)
     if night.stopped == "interrupted":

@@ -43,7 +43,7 @@ from carn.models.table import MODELS
 from carn.report.train_summary import write_report
 from carn.training.config import NetworkConfig, TrainConfig, resolve
 from carn.training.data import make_sampler
-from carn.training.engine import EngineConfig
+from carn.training.engine import KEEPING_ENVIRONMENT, EngineConfig
 from carn.training.loop import check_group
 from carn.training.players import BATCH_NORM_ON_CPU
 from carn.training.progress import ProgressView
@@ -216,6 +216,8 @@ def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> None:
             storage_path=own_files,
             failure_config=FailureConfig(max_failures=job.workers.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+            # Ray Train runs the loop in a thread that is not the process's first.
+            worker_runtime_env={"env_vars": dict(KEEPING_ENVIRONMENT)},
         ),
     )
     progress = ProgressView()

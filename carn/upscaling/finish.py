@@ -4,7 +4,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carn import storage
-from carn.errors import DamagedTileError, StorageError
+from carn.errors import StorageError
 from carn.report.sr_records import (
     ConsistencySummary,
     DamagedPlace,
@@ -25,16 +24,25 @@ from carn.report.sr_summary import crop_pair, join_seams, seam_profile
 from carn.slides.slide_output import open_output
 from carn.upscaling import consistency
 from carn.upscaling.calibration import Calibration
-from carn.upscaling.lr_view import LrView, open_view
-from carn.upscaling.outbox import mark_done, unmark
+from carn.upscaling.outbox import is_done, mark_done, unmark
 from carn.upscaling.showing import JPEG_PX, SHOWN, jpeg, rim_px
 from carn.upscaling.task import SlidePlan, key_of
-from carn.upscaling.work import calibration_uri, check_identity, region_of
+from carn.upscaling.work import (
+    ICC_NAME,
+    THUMBNAIL_NAME,
+    calibration_uri,
+    check_identity,
+    kept_look,
+    region_of,
+)
 
 logger = logging.getLogger(__name__)
 
-# Longer side of the picture of the LR slide in the report.
-THUMBNAIL_PX = 1024
+# What the notes beside a slide repeat of its summary.
+NOTED = (
+    *("lr_extent", "mpp_in", "mpp_out", "num_blocks", "num_inferred_px", "num_background_px"),
+    *("engine", "accuracy_db", "consistency", "damage"),
+)
 # Places below the threshold that are listed of one slide: the lowest ones.
 MAX_LISTED = 200
 
@@ -56,8 +64,10 @@ def finish(
 
     Raises:
         UnfinishedError: blocks are missing or no longer what was recorded.
-        CarnError: storage or the input failed.
+        CarnError: storage failed, or the input was replaced.
     """
+    if is_done(plan.task):  # by a call that was killed before it could say so
+        return _noted(plan), {}
     task, output = plan.task, open_output(plan.spec)
     num_inferred_px = num_background_px = 0
     damage: list[DamagedPlace] = []
@@ -76,38 +86,28 @@ def finish(
     heat_map = consistency.heat_map_png(errors)
     known_accuracy_db = _least_accuracy(plan)
     check_identity(task)
-    with closing(open_view(task.uri, task.input, is_image=task.is_image)) as view:
-        summary = SlideSummary(
-            name=task.name,
-            uri=task.uri,
-            status="done",
-            scale=task.scale,
-            output_uri=task.output_uri,
-            lr_extent=plan.lr_extent,
-            mpp_in=plan.mpp,
-            mpp_out=plan.spec.mpp,
-            num_blocks=plan.num_blocks,
-            num_blocks_resumed=len(plan.done),
-            damage=tuple(damage),
-            engine="; ".join(sorted(engines)),
-            accuracy_db=known_accuracy_db,
-            consistency=_summarized(errors, view, threshold_db=threshold_db),
-            seam=_seam(shown, task.scale),
-            num_inferred_px=num_inferred_px,
-            num_background_px=num_background_px,
-        )
-        pictures = _pictures(shown, task.scale) if has_pictures else {}
-        if has_pictures:
-            pictures["consistency"] = heat_map
-            with suppress(DamagedTileError):  # said of the slide already, where it matters
-                pictures["lr"] = jpeg(view.slide.thumbnail(THUMBNAIL_PX))
-        base = storage.join(task.output, task.name)
-        storage.write_bytes(f"{base}.consistency.png", heat_map)
-        storage.write_bytes(f"{base}.json", _notes(plan, summary).encode())
-        # The records stay until the slide is noted as done: who is killed before has all of this
-        # to do again.
-        unmark(task)
-        finished = output.finish(icc_profile=_rgb_profile(view), keep_work=True)
+    summary = replace(
+        _begun_summary(plan),
+        damage=tuple(damage),
+        engine="; ".join(sorted(engines)),
+        accuracy_db=known_accuracy_db,
+        consistency=_summarized(errors, plan, threshold_db=threshold_db),
+        seam=_seam(shown, task.scale),
+        num_inferred_px=num_inferred_px,
+        num_background_px=num_background_px,
+    )
+    pictures = _pictures(shown, task.scale) if has_pictures else {}
+    if has_pictures:
+        pictures["consistency"] = heat_map
+        thumbnail = kept_look(plan, THUMBNAIL_NAME)
+        pictures |= {"lr": thumbnail} if thumbnail is not None else {}
+    base = storage.join(task.output, task.name)
+    storage.write_bytes(f"{base}.consistency.png", heat_map)
+    storage.write_bytes(f"{base}.json", _notes(plan, summary).encode())
+    # The records stay until the slide is noted as done: who is killed before has all of this to do
+    # again.
+    unmark(task)
+    finished = output.finish(icc_profile=_rgb_profile(plan), keep_work=True)
     try:
         mark_done(task)
         output.discard()
@@ -122,6 +122,33 @@ def finish(
     return summary, {names[kind]: content for kind, content in pictures.items()}
 
 
+def _begun_summary(plan: SlidePlan) -> SlideSummary:
+    """What the plan says of a finished slide."""
+    return SlideSummary(
+        name=plan.task.name,
+        uri=plan.task.uri,
+        status="done",
+        scale=plan.task.scale,
+        output_uri=plan.task.output_uri,
+        lr_extent=plan.lr_extent,
+        mpp_in=plan.mpp,
+        mpp_out=plan.spec.mpp,
+        num_blocks=plan.num_blocks,
+        num_blocks_resumed=len(plan.done),
+    )
+
+
+def _noted(plan: SlidePlan) -> SlideSummary:
+    """What became of a slide whose records are gone: its notes say it."""
+    task = plan.task
+    notes = json.loads(storage.read_bytes(storage.join(task.output, f"{task.name}.json")))
+    facts = json.loads(_begun_summary(plan).to_json())
+    facts |= {name: notes[name] for name in NOTED}
+    return replace(
+        SlideSummary.from_json(json.dumps(facts)), size_bytes=storage.stat(task.committed_uri).size
+    )
+
+
 def _least_accuracy(plan: SlidePlan) -> float | None:
     """Of the engines that were tried on the slide; None where none could be."""
     found = [
@@ -131,15 +158,15 @@ def _least_accuracy(plan: SlidePlan) -> float | None:
     return min((value for value in found if not math.isnan(value)), default=None)
 
 
-def _rgb_profile(view: LrView) -> bytes | None:
-    """The ICC profile, where it is one for RGB pixels."""
+def _rgb_profile(plan: SlidePlan) -> bytes | None:
+    """The input's ICC profile, where it is one for RGB pixels."""
     # The profile's colour space stands in its bytes 16 to 19 (ICC.1, section 7.2).
-    profile = view.icc_profile
+    profile = kept_look(plan, ICC_NAME)
     return profile if profile is not None and profile[16:20] == b"RGB " else None
 
 
 def _summarized(
-    errors: NDArray[np.float32], view: LrView, *, threshold_db: float
+    errors: NDArray[np.float32], plan: SlidePlan, *, threshold_db: float
 ) -> ConsistencySummary | None:
     """The map in numbers; None where nothing was measured."""
     decibels = consistency.to_db(errors)
@@ -149,8 +176,8 @@ def _summarized(
     low = consistency.low_cells(
         errors,
         threshold_db=threshold_db,
-        extent_l0=view.slide.extent,
-        downsample=view.downsample,
+        extent_l0=plan.l0_extent,
+        downsample=plan.downsample,
         limit=MAX_LISTED,
     )
     return ConsistencySummary(
@@ -201,9 +228,5 @@ def _picture_name(plan: SlidePlan, kind: str, content: bytes) -> str:
 def _notes(plan: SlidePlan, summary: SlideSummary) -> str:
     """What lies beside the slide, for people and programs that look at it."""
     facts = json.loads(summary.to_json())
-    kept = (
-        *("lr_extent", "mpp_in", "mpp_out", "num_blocks", "num_inferred_px", "num_background_px"),
-        *("engine", "accuracy_db", "consistency", "damage"),
-    )
-    content = plan.task.provenance() | {name: facts[name] for name in kept}
+    content = plan.task.provenance() | {name: facts[name] for name in NOTED}
     return json.dumps(content, indent=1) + "\n"

@@ -135,6 +135,8 @@ class SlidePlan:
         spec: the output.
         lr_extent: (width, height) of the input in LR px.
         mpp: um per LR px, (x, y).
+        downsample: level-0 px of the input per LR px, (x, y).
+        l0_extent: (width, height) of the input in level-0 px.
         num_blocks: of the whole slide.
         done: blocks that are on storage already.
         tissue_share: share of the cells that are inferred.
@@ -146,6 +148,8 @@ class SlidePlan:
     spec: OutputSpec
     lr_extent: tuple[int, int]
     mpp: tuple[float, float] | None
+    downsample: tuple[float, float]
+    l0_extent: tuple[int, int]
     num_blocks: int
     done: tuple[int, ...]
     tissue_share: float
@@ -163,7 +167,7 @@ class SlidePlan:
         content = json.loads(text)
         content["task"] = SlideTask.from_json(content["task"])
         content["spec"] = OutputSpec.from_json(content["spec"])
-        for name in ("lr_extent", "mpp", "done", "show_cell"):
+        for name in ("lr_extent", "mpp", "downsample", "l0_extent", "done", "show_cell"):
             content[name] = content[name] and tuple(content[name])
         return cls(**content)
 

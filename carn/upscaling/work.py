@@ -9,14 +9,14 @@ import json
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from carn import storage
-from carn.errors import MissingObjectError, SlideError
+from carn.errors import DamagedTileError, MissingObjectError, SlideError
 from carn.models.checkpoint import load_model
 from carn.slides.slide_output import OutputSpec, SlideOutput, open_output
 from carn.slides.tiff_output import MAX_BLOCKS
@@ -24,7 +24,7 @@ from carn.upscaling.blocks import BlockRegion, LrBlock, block_region, read_block
 from carn.upscaling.calibration import Calibration, calibrate
 from carn.upscaling.engine import Engine, EngineConfig, make_engine, reference_engine
 from carn.upscaling.lr_view import LrView, open_view
-from carn.upscaling.showing import choose_show, shown_facts
+from carn.upscaling.showing import choose_show, jpeg, shown_facts
 from carn.upscaling.task import SlidePlan, SlideTask
 from carn.upscaling.windows import TissueCells
 
@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 # An engine this far from fp32 on a slide's own tissue is not used for it.
 MIN_ACCURACY_DB = 60.0
+# Longer side of the picture of the LR slide in the report.
+THUMBNAIL_PX = 1024
+# Names in a slide's work folder.
+ICC_NAME, THUMBNAIL_NAME = "source.icc", "source.jpg"
 # Slides whose header, cells and calibration a process keeps at hand.
 MAX_OPEN = 4
 
@@ -67,6 +71,7 @@ def inspect(task: SlideTask) -> SlidePlan:
             storage.write_bytes(storage.join(task.work_uri, "cells.npz"), cells.to_bytes())
         output = open_output(spec)
         output.begin()
+        _keep_looks(view, task)
         done = output.done_blocks()
         show, show_cell = choose_show(cells, extent_lr=view.extent, block_px=block_px, scale=scale)
         return SlidePlan(
@@ -74,12 +79,32 @@ def inspect(task: SlideTask) -> SlidePlan:
             spec=spec,
             lr_extent=view.extent,
             mpp=view.mpp,
+            downsample=view.downsample,
+            l0_extent=view.slide.extent,
             num_blocks=output.num_blocks,
             done=tuple(sorted(done)),
             tissue_share=1.0 if cells is None else float(cells.cells.mean()),
             show=show,
             show_cell=show_cell,
         )
+
+
+def _keep_looks(view: LrView, task: SlideTask) -> None:
+    """Keep what the last step needs of the input: it may run where the slide would be fetched."""
+    if view.icc_profile is not None:
+        storage.write_bytes(storage.join(task.work_uri, ICC_NAME), view.icc_profile)
+    with suppress(DamagedTileError):  # said of the slide in time, where it matters
+        storage.write_bytes(
+            storage.join(task.work_uri, THUMBNAIL_NAME), jpeg(view.slide.thumbnail(THUMBNAIL_PX))
+        )
+
+
+def kept_look(plan: SlidePlan, name: str) -> bytes | None:
+    """What `inspect` kept of the input under a name; None where there was nothing to keep."""
+    try:
+        return storage.read_bytes(storage.join(plan.task.work_uri, name))
+    except MissingObjectError:
+        return None
 
 
 @dataclass

@@ -15,14 +15,17 @@ import pytest
 import tifffile
 
 from carn import storage
-from carn.errors import CheckpointError
+from carn.errors import CheckpointError, StorageError
+from carn.report.sr_records import SlideSummary
 from carn.slides import open_slide
 from carn.slides.slide_output import SlideFormat
 from carn.upscaling.lr_view import InputConfig
 from carn.upscaling.outbox import SlideClaims
+from carn.upscaling.task import SlidePlan
 from jobs import sr_night, super_resolve
 from jobs.sr_config import RunConfig, parse_deadline
 from jobs.sr_night import Night
+from jobs.sr_stages import finish_unit
 from jobs.super_resolve import main
 from tests.conftest import Bucket
 from tests.jobs.lab import draw_slide
@@ -255,6 +258,58 @@ def test_a_run_that_breaks_says_what_it_has_done(
     assert main(make_sr_job(lab, lab / "sr")) == 1
     assert "the cluster is gone" in capsys.readouterr().out
     assert "the cluster is gone" in last_summary(lab / "sr")["is_stopped"]
+
+
+def test_storage_that_is_down_ends_the_run_instead_of_every_slide(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_inbox(lab / "inbox", num_slides=4)
+    down = {"reason": "s3://lab/x: the object store cannot be reached", "is_storage": True}
+    write = storage.write_bytes
+
+    def refused(uri: str, content: bytes) -> None:
+        if uri.endswith("/begun"):
+            raise StorageError(uri, "the object store cannot be reached")
+        write(uri, content)
+
+    def run_blocks(*_arguments: Any, **_options: Any) -> Any:
+        monkeypatch.setattr(storage, "write_bytes", refused)
+        for slide in range(4):
+            yield slide, 0, dict(down)
+
+    monkeypatch.setattr(sr_night, "run_blocks", run_blocks)
+    assert main(make_sr_job(lab, lab / "sr")) == 1
+    assert "stopped: " in capsys.readouterr().out
+    assert list(statuses(lab / "sr").values()) == ["failed", *["unfinished"] * 3]
+
+
+def test_a_slide_that_storage_fails_alone_does_not_end_the_run(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_blocks(*_arguments: Any, **_options: Any) -> Any:
+        for slide in range(2):
+            yield slide, 0, {"reason": "s3://lab/x: no such object", "is_storage": True}
+
+    monkeypatch.setattr(sr_night, "run_blocks", run_blocks)
+    assert main(make_sr_job(lab, lab / "sr")) == 1
+    assert statuses(lab / "sr") == {"Case_1": "failed", "Case_2": "failed"}
+
+
+def test_a_slide_that_was_finished_unheard_is_not_finished_again(lab: Path) -> None:
+    plans: dict[str, SlidePlan] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Night, "_finished", lambda self, plan, _: plans.update({plan.task.name: plan})
+        )
+        main(make_sr_job(lab, lab / "sr", slides=one(lab)))
+    made = sha256_of(lab / "sr" / "Case_1.tif")
+    outcome = finish_unit(plans["Case_1"].to_json(), 30.0, has_pictures=True)
+    found = SlideSummary.from_json(outcome["summary"])
+    assert found.status == "done"
+    assert found.consistency is not None
+    assert found.num_inferred_px + found.num_background_px == 600 * 440 // 4
+    assert found.size_bytes == (lab / "sr" / "Case_1.tif").stat().st_size
+    assert sha256_of(lab / "sr" / "Case_1.tif") == made
 
 
 def test_images_and_zarr(lab: Path) -> None:
