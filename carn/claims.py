@@ -22,10 +22,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from carn import storage
 from carn.errors import MissingObjectError, StorageError
@@ -35,8 +37,27 @@ logger = logging.getLogger(__name__)
 # Times a claim is looked at, should its highest generation vanish between listing and reading:
 # another took it over and tidied up.
 LOOKS = 5
+# Claims that are released at once at the end.
+RELEASE_THREADS = 16
 # A claim is renewed this often within its lease, so that one failed renewal does no harm.
 RENEWALS_PER_LEASE = 3
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessIdentity:
+    """Tells a process from all others that have, had or will have its pid.
+
+    Attributes:
+        boot_id: of the running kernel, anew with every boot.
+        pid_namespace: in which the pid counts; two containers of one machine have two.
+        start_ticks: when the process began, in clock ticks since boot.
+    """
+
+    boot_id: str
+    pid_namespace: str
+    start_ticks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +71,7 @@ class Holder:
         expires: until when it holds, by its own clock.
         is_released: its owner has given it up.
         nonce: tells this claim from any other.
+        process: what tells the pid's process from others; None where it is not known.
     """
 
     generation: int
@@ -59,6 +81,7 @@ class Holder:
     expires: datetime
     is_released: bool
     nonce: str
+    process: ProcessIdentity | None = None
 
     @property
     def is_live(self) -> bool:
@@ -121,7 +144,9 @@ class Claim:
         return max(_generations(self.root_uri, self.key), default=0) > self.holder.generation
 
 
-def claim(root_uri: str, key: str, *, owner: str, lease_s: float) -> Claim | None:
+def claim(
+    root_uri: str, key: str, *, owner: str, lease_s: float, dead: Holder | None = None
+) -> Claim | None:
     """Take a key for `lease_s` seconds; None where another live owner has it.
 
     An owner that claims what it holds already (a process of it that was started again) takes it
@@ -133,12 +158,14 @@ def claim(root_uri: str, key: str, *, owner: str, lease_s: float) -> Claim | Non
         key: what is claimed; may contain slashes.
         owner: the run that claims.
         lease_s: minutes, renewed well before they end, as `Lease` does.
+        dead: a holder that is gone, see `is_gone`: its lease is not waited for. Who took over from
+            it meanwhile keeps the key.
 
     Raises:
         AccessDeniedError, StorageError: the claims cannot be read or written.
     """
     generation, found = _look(root_uri, key)
-    if found is not None and found.is_live and found.owner != owner:
+    if found is not None and found.is_live and found.owner != owner and found != dead:
         return None
     us = Holder(
         generation=0,
@@ -148,6 +175,7 @@ def claim(root_uri: str, key: str, *, owner: str, lease_s: float) -> Claim | Non
         expires=_now(),
         is_released=False,
         nonce="",
+        process=identify_process(),
     )
     holder = _create(root_uri, key, us, lease_s, generation + 1)
     if holder is None:
@@ -162,6 +190,62 @@ def find_holder(root_uri: str, key: str) -> Holder | None:
         AccessDeniedError, StorageError: the claims cannot be read.
     """
     return _look(root_uri, key)[1]
+
+
+def is_gone(holder: Holder) -> bool:
+    """Whether it is proven that the process which made a claim has ended.
+
+    That can be seen from its own pid namespace only, and until the machine boots again: from
+    anywhere else its pid is no process, or another's. Whatever is not known is False, and then
+    the lease is what tells.
+    """
+    ours, theirs = identify_process(), holder.process
+    if ours is None or theirs is None:
+        return False
+    if (ours.boot_id, ours.pid_namespace) != (theirs.boot_id, theirs.pid_namespace):
+        return False
+    if holder.pid <= 0:  # a signal to such a number goes to groups of processes
+        return False
+    try:
+        # Asked first: /proc may hide the processes of other users.
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # it runs, as another user
+    except OverflowError:
+        return False
+    start_ticks = _start_ticks(str(holder.pid))
+    return start_ticks is not None and start_ticks != theirs.start_ticks
+
+
+def identify_process() -> ProcessIdentity | None:
+    """This process; None where the system has no /proc, or one that does not show our pids."""
+    try:
+        # A namespace whose /proc was mounted outside of it: the pids in there are not ours.
+        if str((PROC / "self").readlink()) != str(os.getpid()):
+            return None
+        boot_id = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+        pid_namespace = str((PROC / "self/ns/pid").readlink())
+    except (OSError, ValueError):
+        return None
+    start_ticks = _start_ticks("self")
+    if not boot_id or start_ticks is None:
+        return None
+    return ProcessIdentity(boot_id=boot_id, pid_namespace=pid_namespace, start_ticks=start_ticks)
+
+
+def _start_ticks(pid: str) -> int | None:
+    """When a process began, in clock ticks since boot; None where that cannot be read.
+
+    Source: proc_pid_stat(5), field 22.
+    """
+    try:
+        stat = (PROC / pid / "stat").read_bytes()
+        # The command in parentheses, field 2, may contain spaces, parentheses, any byte.
+        return int(stat.rpartition(b")")[2].split()[22 - 3])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 class Lease:
@@ -221,11 +305,24 @@ class Lease:
             self._is_over = True
             self._condition.notify()
         self._thread.join()
-        for held in list(self._due):
-            try:
-                self.release(held)
-            except StorageError as failure:
-                logger.warning("%s is claimed until its lease ends: %s", held.key, failure)
+        # Side by side: who is asked to stop has seconds for hundreds of them.
+        is_down = threading.Event()
+        with ThreadPoolExecutor(RELEASE_THREADS, thread_name_prefix="claims") as pool:
+            released = list(pool.map(lambda held: self._let_go(held, is_down), list(self._due)))
+        if not all(released):
+            logger.warning("%d claims stand until their leases end", released.count(False))
+
+    def _let_go(self, held: Claim, is_down: threading.Event) -> bool:
+        """Release a claim; False where storage does not answer, or did not answer others."""
+        if is_down.is_set():
+            return False
+        try:
+            self.release(held)
+        except StorageError as failure:
+            is_down.set()
+            logger.warning("%s was not released: %s", held.key, failure)
+            return False
+        return True
 
     def _renew_all(self) -> None:
         while True:
@@ -311,6 +408,8 @@ def _to_json(holder: Holder) -> bytes:
         "is_released": holder.is_released,
         "nonce": holder.nonce,
     }
+    if holder.process is not None:
+        fields |= asdict(holder.process)
     return json.dumps(fields, indent=2).encode()
 
 
@@ -325,9 +424,24 @@ def _from_json(content: bytes, generation: int) -> Holder | None:
             expires=datetime.fromisoformat(fields["expires"]).astimezone(UTC),
             is_released=bool(fields["is_released"]),
             nonce=str(fields["nonce"]),
+            process=_process_from(fields),
         )
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _process_from(fields: dict[str, Any]) -> ProcessIdentity | None:
+    """None for a claim of a release, or of a system, that did not tell."""
+    match fields:
+        case {
+            "boot_id": str(boot_id),
+            "pid_namespace": str(pid_namespace),
+            "start_ticks": int(start_ticks),
+        }:
+            return ProcessIdentity(
+                boot_id=boot_id, pid_namespace=pid_namespace, start_ticks=start_ticks
+            )
+    return None
 
 
 def _now() -> datetime:

@@ -7,15 +7,27 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from carn import claims, storage
-from carn.claims import Claim, Lease, claim, find_holder
+from carn.claims import (
+    Claim,
+    Holder,
+    Lease,
+    ProcessIdentity,
+    claim,
+    find_holder,
+    identify_process,
+    is_gone,
+)
 from carn.errors import StorageError
+from carn.upscaling.outbox import SlideClaims
 
 KEY = "center 1/tumor_001.tif"
 NUM_RACERS = 8
@@ -290,6 +302,213 @@ def test_a_claim_whose_answer_is_lost_is_ours(faulty_s3: Any) -> None:
     assert claim(root, KEY, owner="two", lease_s=60) is None
 
 
+# ------------------------------------------------------------------- processes that are gone
+
+BOOT_ID = "a2b4c6d8-0000-4000-8000-000000000000\n"
+needs_proc = pytest.mark.skipif(identify_process() is None, reason="this system has no /proc")
+
+
+def holder_of_the_dead(root: str, key: str = KEY) -> Holder:
+    """Of a claim whose process ended without a word, well before its lease."""
+    child = os.fork()
+    if child == 0:
+        try:
+            claim(root, key, owner="killed", lease_s=600)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    found = find_holder(root, key)
+    assert found is not None
+    assert found.pid == child
+    return found
+
+
+def known(holder: Holder) -> ProcessIdentity:
+    assert holder.process is not None
+    return holder.process
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A /proc of our own making, with this process in it."""
+    folder = tmp_path / "proc"
+    ours = folder / str(os.getpid())
+    (ours / "ns").mkdir(parents=True)
+    (ours / "ns" / "pid").symlink_to("pid:[4026532001]")
+    (folder / "self").symlink_to(str(os.getpid()))
+    (folder / "sys/kernel/random").mkdir(parents=True)
+    (folder / "sys/kernel/random/boot_id").write_text(BOOT_ID)
+    put_stat(folder, os.getpid(), b"python", start_ticks=777)
+    monkeypatch.setattr(claims, "PROC", folder)
+    return folder
+
+
+def put_stat(proc: Path, pid: int, command: bytes, *, start_ticks: int) -> None:
+    fields = [b"S", *(b"%d" % number for number in range(4, 53))]
+    fields[22 - 3] = b"%d" % start_ticks
+    (proc / str(pid)).mkdir(exist_ok=True)
+    (proc / str(pid) / "stat").write_bytes(b"%d (%s) %s\n" % (pid, command, b" ".join(fields)))
+
+
+@needs_proc
+def test_a_claim_says_which_process_made_it(root: str) -> None:
+    ours = take(root)
+    assert find_holder(root, KEY) == ours.holder
+    process = known(ours.holder)
+    assert ours.renew()
+    assert known(ours.holder) == process
+    assert process == identify_process()
+    assert process.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert process.pid_namespace.startswith("pid:[")
+    began = psutil.boot_time() + process.start_ticks / os.sysconf("SC_CLK_TCK")
+    assert began == pytest.approx(psutil.Process().create_time(), abs=2)
+
+
+@needs_proc
+def test_what_ended_is_gone_and_what_runs_is_not(tmp_path: Path) -> None:
+    dead = holder_of_the_dead(str(tmp_path))
+    assert is_gone(dead)
+    ours = take(str(tmp_path), key="ours").holder
+    assert not is_gone(ours)
+    # Another process got the dead one's pid.
+    assert is_gone(replace(dead, pid=os.getpid()))
+    assert is_gone(replace(ours, process=replace(known(ours), start_ticks=1)))
+
+
+@needs_proc
+def test_from_elsewhere_no_process_is_known_to_be_gone(tmp_path: Path) -> None:
+    dead = holder_of_the_dead(str(tmp_path))
+    process = known(dead)
+    for other in (
+        None,
+        replace(process, pid_namespace="pid:[1]"),  # a container of this machine
+        replace(process, boot_id="1234"),  # booted since, or a machine of the same name
+        replace(process, boot_id="1234", pid_namespace="pid:[1]"),
+    ):
+        assert not is_gone(replace(dead, process=other))
+
+
+@pytest.mark.parametrize("pid", [0, -1, -(2**22) - 1, 2**40])
+def test_a_number_that_is_no_pid_is_no_dead_process(tmp_path: Path, pid: int) -> None:
+    ours = take(str(tmp_path)).holder
+    elsewhere = ProcessIdentity(boot_id="1", pid_namespace="pid:[1]", start_ticks=1)
+    process = replace(ours.process or elsewhere, start_ticks=1)
+    assert not is_gone(replace(ours, pid=pid, process=process))
+
+
+def test_processes_of_other_users_are_told_by_when_they_began(
+    tmp_path: Path, proc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(pid: int, signal: int) -> None:
+        assert signal == 0
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    theirs = replace(take(str(tmp_path / "claims")).holder, pid=4711)
+    assert not is_gone(theirs)  # it runs, and /proc hides it
+    put_stat(proc, 4711, b"python", start_ticks=777)
+    assert not is_gone(theirs)
+    put_stat(proc, 4711, b"python", start_ticks=778)
+    assert is_gone(theirs)
+    (proc / "4711" / "stat").write_bytes(b"4711 (python")
+    assert not is_gone(theirs)
+
+
+@pytest.mark.parametrize("command", [b"a b", b") 1 2 (", b"((", b"))", b"", b"\xff\n)", b"S 1 1"])
+def test_a_command_is_no_number(proc: Path, command: bytes) -> None:
+    put_stat(proc, os.getpid(), command, start_ticks=123_456)
+    assert identify_process() == ProcessIdentity(
+        boot_id=BOOT_ID.strip(), pid_namespace="pid:[4026532001]", start_ticks=123_456
+    )
+
+
+@pytest.mark.parametrize(
+    "missing", ["self", "sys/kernel/random/boot_id", "self/ns/pid", "self/stat"]
+)
+def test_without_proc_every_lease_is_waited_for(
+    tmp_path: Path, proc: Path, missing: str, clock: Clock
+) -> None:
+    root = str(tmp_path / "claims")
+    dead = holder_of_the_dead(root, "known")
+    # The child was no process of this /proc, whose `self` is its parent.
+    assert dead.process is None
+    dead = replace(dead, process=identify_process())
+    assert is_gone(dead)
+    (proc / missing).unlink()
+    assert identify_process() is None
+    assert not is_gone(dead)
+    assert take(root).holder.process is None
+    assert b"start_ticks" not in storage.read_bytes(f"{root}/{KEY}.000001.json")
+    assert claim(root, KEY, owner="two", lease_s=60) is None
+    clock.pass_(61)
+    take(root, owner="two")
+
+
+def test_a_proc_of_other_pids_than_ours_is_none(proc: Path) -> None:
+    assert identify_process() is not None
+    (proc / "self").unlink()
+    (proc / "self").symlink_to("1234")
+    (proc / str(os.getpid())).rename(proc / "1234")
+    assert identify_process() is None
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        {},
+        {"boot_id": "a"},
+        {"boot_id": "a", "pid_namespace": "b", "start_ticks": "soon"},
+        {"boot_id": None, "pid_namespace": None, "start_ticks": None},
+    ],
+)
+def test_a_claim_without_its_process_is_read_and_waited_for(
+    tmp_path: Path, clock: Clock, process: dict[str, Any]
+) -> None:
+    root = str(tmp_path)
+    dead = holder_of_the_dead(root)
+    file = tmp_path / f"{KEY}.000001.json"
+    written = json.loads(file.read_bytes())
+    for name in ("boot_id", "pid_namespace", "start_ticks"):
+        written.pop(name, None)
+    file.write_text(json.dumps(written | process))
+    found = find_holder(root, KEY)
+    assert found == replace(dead, process=None)
+    assert not is_gone(found)
+    assert claim(root, KEY, owner="two", lease_s=60) is None
+    clock.pass_(601)
+    take(root, owner="two")
+
+
+@needs_proc
+def test_only_one_takes_over_from_the_dead(root: str) -> None:
+    dead = holder_of_the_dead(root)
+    assert claim(root, KEY, owner="one", lease_s=60) is None
+    ours = claim(root, KEY, owner="one", lease_s=60, dead=dead)
+    assert ours is not None
+    assert ours.holder.owner == "one"
+    # Who saw the dead one too, but was later, finds a live one.
+    assert claim(root, KEY, owner="two", lease_s=60, dead=dead) is None
+    assert ours.renew()
+
+
+@needs_proc
+def test_a_live_run_in_another_container_keeps_its_slide(tmp_path: Path) -> None:
+    root = tmp_path / "_state" / "claims"
+    dead = holder_of_the_dead(str(root), "x")
+    [file] = root.iterdir()
+    # Containers of one name, on one machine or two: its pid is none of ours, or is ours.
+    for pid in (dead.pid, os.getpid()):
+        for changes in ({"pid_namespace": "pid:[1]"}, {"boot_id": "1234"}):
+            process = replace(known(dead), **changes)  # type: ignore[arg-type]
+            file.write_bytes(claims._to_json(replace(dead, pid=pid, process=process)))
+            with SlideClaims(str(tmp_path), owner="next", lease_s=600) as next_run:
+                assert not next_run.take("x")
+    file.write_bytes(claims._to_json(replace(dead, pid=os.getpid())))
+    with SlideClaims(str(tmp_path), owner="next", lease_s=600) as next_run:
+        assert next_run.take("x")  # another process of this container has its pid
+        assert "run next on" in next_run.holder("x")
+
+
 # ------------------------------------------------------------------------------------ the lease
 
 
@@ -351,7 +570,8 @@ def test_a_lease_outlives_storage_that_fails_for_a_while(
 ) -> None:
     root = str(tmp_path)
     ours = take(root, lease_s=0.9)
-    write_bytes, failures = storage.write_bytes, []
+    write_bytes = storage.write_bytes
+    failures: list[str] = []
 
     def fails_twice(uri: str, content: bytes) -> None:
         if len(failures) < 2:

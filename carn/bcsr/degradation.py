@@ -55,6 +55,11 @@ def degrade(hr: Rgb, *, scale: int, border: Border = "renormalized") -> Rgb:
     if border == "symmetric":
         margin = 4
         hr = np.pad(hr, ((margin * scale,) * 2, (margin * scale,) * 2, (0, 0)), mode="symmetric")
+    # Into an image 1 px wide, torch 2.13 writes its first row over and over (floats on the CPU,
+    # whatever their strides); into one 1 px high it does not.
+    is_turned = hr.shape[1] == scale
+    if is_turned:
+        hr = hr.transpose(1, 0, 2)
     # A copy: torch takes no read-only arrays, and callers may well have one.
     pixels = torch.from_numpy(np.array(hr, dtype=np.float32)).permute(2, 0, 1)[None]
     size = (hr.shape[0] // scale, hr.shape[1] // scale)
@@ -62,4 +67,6 @@ def degrade(hr: Rgb, *, scale: int, border: Border = "renormalized") -> Rgb:
         pixels, size=size, mode="bicubic", align_corners=False, antialias=True
     )
     lr = small.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
-    return np.ascontiguousarray(lr[margin : size[0] - margin, margin : size[1] - margin])
+    if is_turned:
+        lr = lr.transpose(1, 0, 2)
+    return np.ascontiguousarray(lr[margin : lr.shape[0] - margin, margin : lr.shape[1] - margin])

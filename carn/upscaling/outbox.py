@@ -6,7 +6,6 @@ Below the output: the slides; `_state/done/<name>@<digest>.<size>` for every fin
 
 import json
 import logging
-import os
 import re
 import socket
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from carn import storage, uploads
-from carn.claims import Claim, Holder, Lease, claim, find_holder
+from carn.claims import Claim, Holder, Lease, claim, find_holder, is_gone
 from carn.errors import MissingObjectError
 from carn.slides.provenance import read_provenance
 from carn.upscaling.task import SlideTask, key_of
@@ -34,7 +33,7 @@ class SlideClaims:
     """The slides of an output that this run works on, which other runs then leave alone.
 
     Held for a lease that a background thread renews; released at the end of the `with` block. A
-    claim of a run on this machine whose process is gone holds nobody up.
+    claim of a run on this machine, in this pid namespace, whose process is gone holds nobody up.
     """
 
     def __init__(self, output: str, *, owner: str, lease_s: float) -> None:
@@ -52,8 +51,8 @@ class SlideClaims:
         """
         key = key_of(name)
         holder = find_holder(self._root, key)
-        owner = holder.owner if holder is not None and _is_dead(holder) else self._owner
-        taken = claim(self._root, key, owner=owner, lease_s=self._lease_s)
+        dead = holder if holder is not None and _is_dead(holder) else None
+        taken = claim(self._root, key, owner=self._owner, lease_s=self._lease_s, dead=dead)
         if taken is None:
             return False
         self._claims[name] = taken
@@ -96,15 +95,9 @@ class SlideClaims:
 
 def _is_dead(holder: Holder) -> bool:
     """Whether it is known that the process which holds a claim is gone."""
-    if holder.host != socket.gethostname():
-        return False
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    # The name alone proves nothing. It is asked too because virtual machines that were started
+    # from one snapshot have one boot id, and pids of their own.
+    return holder.host == socket.gethostname() and is_gone(holder)
 
 
 def judge(tasks: Sequence[SlideTask], *, overwrite: bool) -> list[tuple[Status, str | None]]:
@@ -185,6 +178,19 @@ def mark_done(task: SlideTask) -> None:
     """Note that what lies at the slide's place is it, so that the next run need not open it."""
     size = storage.stat(task.committed_uri).size
     storage.write_bytes(_note_uri(task, size), b"")
+
+
+def is_done(task: SlideTask) -> bool:
+    """Whether what lies at the slide's place is noted as it.
+
+    Raises:
+        AccessDeniedError, StorageError: the output cannot be read.
+    """
+    try:
+        size = storage.stat(task.committed_uri).size
+    except MissingObjectError:
+        return False
+    return storage.is_file(_note_uri(task, size))
 
 
 def unmark(task: SlideTask) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
-from carn.bcsr.degradation import SCALES, crop_to_multiple, degrade
+from carn.bcsr.degradation import SCALES, Border, crop_to_multiple, degrade
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,46 @@ def test_pillow_in_floating_point_agrees_where_the_kernel_overshoots(scale: int)
     assert peer.min() < -5
     assert peer.max() > 260
     assert np.abs(degrade(hr, scale=scale) - peer.clip(0, 255)).max() <= 0.5 + 1e-3
+
+
+def renormalized_weights(num_in: int, scale: int) -> np.ndarray:
+    """(num_in // scale, num_in) weights: stretched kernel, its part inside the image normalised."""
+    centres = (np.arange(num_in // scale) + 0.5) * scale
+    weights = cubic((np.arange(num_in) + 0.5 - centres[:, None]) / scale)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
+
+
+@pytest.mark.parametrize("border", ["renormalized", "symmetric"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("thin", [1, 2, 3, 4, 5])
+def test_an_image_may_be_thin_in_either_direction(thin: int, scale: int, border: Border) -> None:
+    rng = np.random.default_rng(thin)
+    for long in (1, 2, 7, 64):
+        # Not a multiple of the scale: what is too much is cropped.
+        size = (long * scale + 1, thin * scale + scale - 1, 3)
+        tall = rng.integers(0, 256, size).astype(np.uint8)
+        for hr in (tall, np.ascontiguousarray(tall.transpose(1, 0, 2)), tall.transpose(1, 0, 2)):
+            lr = degrade(hr, scale=scale, border=border)
+            assert lr.shape == (hr.shape[0] // scale, hr.shape[1] // scale, 3)
+            assert lr.flags.c_contiguous
+            if border == "symmetric":
+                assert np.abs(lr.astype(int) - by_matlab(hr, scale)).max() <= 1
+                continue
+            cropped = crop_to_multiple(hr, scale)
+            rows, columns = (renormalized_weights(side, scale) for side in cropped.shape[:2])
+            peer = np.einsum("ij,jkc,lk->ilc", rows, cropped.astype(np.float64), columns)
+            assert np.abs(lr - peer.clip(0, 255)).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("size", [(1, 20), (20, 1), (1, 1), (2, 20), (20, 2)])
+def test_thin_images_are_pillows(size: tuple[int, int], scale: int) -> None:
+    rng = np.random.default_rng(3)
+    # Of low contrast: Pillow clips between its passes.
+    hr = rng.integers(60, 196, (size[0] * scale, size[1] * scale, 3)).astype(np.uint8)
+    difference = np.abs(degrade(hr, scale=scale).astype(int) - by_pillow(hr, scale))
+    assert difference.max() <= 1
 
 
 @pytest.mark.parametrize("scale", SCALES)
