@@ -1,4 +1,4 @@
-"""The end of a lease over many claims: all are released, and storage that is down is asked briefly."""
+"""The end of a lease over many claims: all are released; storage that is down is asked briefly."""
 
 import time
 from pathlib import Path
