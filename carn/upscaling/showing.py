@@ -25,9 +25,22 @@ SHOWN = ("crop_lr", "crop_sr", "rim_left", "rim_right", "seam_left", "seam_right
 
 
 def choose_show(
-    cells: TissueCells | None, *, extent_lr: tuple[int, int], block_px: int, scale: int
+    cells: TissueCells | None,
+    *,
+    extent_lr: tuple[int, int],
+    block_px: int,
+    scale: int,
+    thumbnail: Rgb | None = None,
 ) -> tuple[int, tuple[int, int]]:
-    """The block to show, with the place in it: most tissue, and a neighbour to the right.
+    """The block to show, with the place in it: most stain, and a neighbour to the right.
+
+    Args:
+        cells: of the slide; None where all is inferred.
+        extent_lr: of the slide in LR px.
+        block_px: side of a block in SR px.
+        scale: SR px per LR px.
+        thumbnail: (h, w, 3), the whole slide made small; without it cells are all that is known,
+            and those lie near whatever might be tissue.
 
     Returns:
         Index of the block, and the (x, y) LR px of the crop's top-left corner.
@@ -35,14 +48,23 @@ def choose_show(
     columns = -(-extent_lr[0] * scale // block_px)
     rows = -(-extent_lr[1] * scale // block_px)
     side = block_px / scale
+    chroma = None if thumbnail is None else np.ptp(thumbnail, axis=2)
+
+    def stain(x: float, y: float, side_px: float) -> float:
+        """How much stain there is in a square of the slide, in tenths of all there could be."""
+        if chroma is None:
+            return _tissue_share(cells, x, y, side_px)
+        height, width = chroma.shape
+        left, right = (int(edge * width / extent_lr[0]) for edge in (x, x + side_px))
+        top, bottom = (int(edge * height / extent_lr[1]) for edge in (y, y + side_px))
+        part = chroma[top : max(bottom, top + 1), left : max(right, left + 1)]
+        # What is alike enough counts alike. Haematoxylin and eosin reach some 130 levels.
+        return round(float(part.mean()) / 128, 1) if part.size else 0.0
+
     best, best_rank = (0, 0), (-1.0, False)
     for row in range(rows):
         for column in range(columns):
-            share = 1.0
-            if cells is not None:
-                under = cells.cells[_cells(row, side), _cells(column, side)]
-                share = float(under.mean()) if under.size else 0.0
-            rank = (round(share, 1), column + 1 < columns)
+            rank = (stain(column * side, row * side, side), column + 1 < columns)
             if rank > best_rank:
                 best, best_rank = (row, column), rank
     row, column = best
@@ -60,21 +82,18 @@ def choose_show(
 
     def rank_of(place: tuple[int, int]) -> tuple[float, float]:
         away = (place[0] + middle - centre[0]) ** 2 + (place[1] + middle - centre[1]) ** 2
-        return -_tissue_share(cells, *place), away
+        return -stain(*place, CELL_PX), away
 
     return row * columns + column, min(candidates or [(x0, y0)], key=rank_of)
 
 
-def _tissue_share(cells: TissueCells | None, x: int, y: int) -> float:
-    """Share of a cell that is tissue by the mask, in tenths: what is near enough counts alike."""
+def _tissue_share(cells: TissueCells | None, x: float, y: float, side_px: float) -> float:
+    """Share of a square that is tissue by the mask, in tenths."""
     if cells is None:
         return 1.0
-    steps = np.arange(0, CELL_PX, CELL_PX // 16)
-    return round(float(cells.is_tissue(x + steps, y + steps).mean()), 1)
-
-
-def _cells(number: int, side: float) -> slice:
-    return slice(int(number * side) // CELL_PX, max(1, int((number + 1) * side) // CELL_PX))
+    steps = np.arange(0, side_px, max(1.0, side_px / 16))
+    xs, ys = (np.floor(start + steps).astype(np.int64) for start in (x, y))
+    return round(float(cells.is_tissue(xs, ys).mean()), 1)
 
 
 def shown_facts(plan: SlidePlan, index: int, read: LrBlock, pixels: Rgb) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from carn import storage
 from carn.errors import DamagedTileError, MissingObjectError, SlideError
 from carn.models.checkpoint import load_model
+from carn.slides.slide import Rgb
 from carn.slides.slide_output import OutputSpec, SlideOutput, open_output
 from carn.slides.tiff_output import MAX_BLOCKS
 from carn.upscaling.blocks import BlockRegion, LrBlock, block_region, read_block, upscale_block
@@ -71,9 +72,11 @@ def inspect(task: SlideTask) -> SlidePlan:
             storage.write_bytes(storage.join(task.work_uri, "cells.npz"), cells.to_bytes())
         output = open_output(spec)
         output.begin()
-        _keep_looks(view, task)
+        thumbnail = _keep_looks(view, task)
         done = output.done_blocks()
-        show, show_cell = choose_show(cells, extent_lr=view.extent, block_px=block_px, scale=scale)
+        show, show_cell = choose_show(
+            cells, extent_lr=view.extent, block_px=block_px, scale=scale, thumbnail=thumbnail
+        )
         return SlidePlan(
             task=task,
             spec=spec,
@@ -89,14 +92,20 @@ def inspect(task: SlideTask) -> SlidePlan:
         )
 
 
-def _keep_looks(view: LrView, task: SlideTask) -> None:
-    """Keep what the last step needs of the input: it may run where the slide would be fetched."""
+def _keep_looks(view: LrView, task: SlideTask) -> Rgb | None:
+    """Keep what the last step needs of the input: it may run where the slide would be fetched.
+
+    Returns:
+        The slide made small; None where it is too damaged for that.
+    """
     if view.icc_profile is not None:
         storage.write_bytes(storage.join(task.work_uri, ICC_NAME), view.icc_profile)
-    with suppress(DamagedTileError):  # said of the slide in time, where it matters
-        storage.write_bytes(
-            storage.join(task.work_uri, THUMBNAIL_NAME), jpeg(view.slide.thumbnail(THUMBNAIL_PX))
-        )
+    try:
+        thumbnail = view.slide.thumbnail(THUMBNAIL_PX)
+    except DamagedTileError:  # said of the slide in time, where it matters
+        return None
+    storage.write_bytes(storage.join(task.work_uri, THUMBNAIL_NAME), jpeg(thumbnail))
+    return thumbnail
 
 
 def kept_look(plan: SlidePlan, name: str) -> bytes | None:
