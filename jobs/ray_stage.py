@@ -13,6 +13,7 @@ MAX_ATTEMPTS the unit is not begun again but turned into its failure.
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 # Times a unit may take its worker process down before it is given up. Three, because a preempted
 # node or an overcommitted one also kills processes, through no fault of the unit.
 MAX_ATTEMPTS = 3
+
+# What Ray reads the port of a cluster that it starts from.
+GCS_PORT_VARIABLE = "RAY_GCS_SERVER_PORT"
 
 Unit = dict[str, Any]
 Attempt = Callable[[str], AbstractContextManager[None]]
@@ -98,11 +102,19 @@ def start_ray(*, has_dashboard: bool = False) -> None:
     root = str(Path(__file__).resolve().parents[1])
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if "RAY_ADDRESS" not in os.environ:
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        variables = {
+            "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        }
+        if has_dashboard:
+            # Processes of Ray Train ask the dashboard by the cluster's address, and find several
+            # where another job has started a Ray of its own on this machine.
+            os.environ[GCS_PORT_VARIABLE] = str(_free_port())
+            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            variables["RAY_ADDRESS"] = f"{host}:{os.environ[GCS_PORT_VARIABLE]}"
         options |= {
             "address": "local",
             "include_dashboard": has_dashboard,
-            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+            "runtime_env": {"env_vars": variables},
         }
     try:
         ray.init(**options)
@@ -112,6 +124,8 @@ def start_ray(*, has_dashboard: bool = False) -> None:
         address = os.environ.get("RAY_ADDRESS")
         where = f"the cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
         raise ClusterError(f"{where} could not be reached or started: {error}") from error
+    finally:
+        os.environ.pop(GCS_PORT_VARIABLE, None)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -123,6 +137,12 @@ def start_ray(*, has_dashboard: bool = False) -> None:
         "ray.data._internal.progress",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 class StageRunner:

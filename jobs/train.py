@@ -33,7 +33,7 @@ import ray
 import ray.train
 import tyro
 import yaml
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from carn import storage
@@ -43,7 +43,7 @@ from carn.models.table import MODELS
 from carn.report.train_summary import write_report
 from carn.training.config import NetworkConfig, TrainConfig, resolve
 from carn.training.data import make_sampler
-from carn.training.engine import KEEPING_ENVIRONMENT, EngineConfig
+from carn.training.engine import EngineConfig
 from carn.training.loop import check_group
 from carn.training.players import BATCH_NORM_ON_CPU
 from carn.training.progress import ProgressView
@@ -51,7 +51,7 @@ from carn.training.recipes import Recipe, flat, recipe, with_values
 from carn.training.run_folder import RunFolder
 from carn.training.tiles import dataset_digest
 from jobs.ray_stage import ClusterError, start_ray
-from jobs.train_worker import Monitor, NodeAddressTorchConfig, WorkerTask, run_worker
+from jobs.train_worker import Monitor, WorkerTask, make_trainer
 
 logger = logging.getLogger("train")
 
@@ -206,19 +206,11 @@ def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> None:
         monitor=monitor,
     )
     own_files = tempfile.mkdtemp(prefix="carn-ray-train-")
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"task": task},
-        scaling_config=scaling,
-        torch_config=NodeAddressTorchConfig(),
-        run_config=RunConfig(
-            # Checkpoints and resuming are the loop's. Ray's own files are read on this node alone.
-            storage_path=own_files,
-            failure_config=FailureConfig(max_failures=job.workers.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-            # Ray Train runs the loop in a thread that is not the process's first.
-            worker_runtime_env={"env_vars": dict(KEEPING_ENVIRONMENT)},
-        ),
+    trainer = make_trainer(
+        task,
+        scaling=scaling,
+        max_failures=job.workers.max_failures,
+        own_files=own_files,
     )
     progress = ProgressView()
     try:

@@ -5,7 +5,7 @@ import logging
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import ray
 import ray.data
-from ray.train.torch import TorchConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
 from carn.errors import (
@@ -25,7 +26,7 @@ from carn.errors import (
     StorageError,
 )
 from carn.training.config import TrainConfig
-from carn.training.engine import EngineConfig
+from carn.training.engine import KEEPING_ENVIRONMENT, EngineConfig
 from carn.training.loop import train
 
 # Windows of patches that one task of a stream reads: some tens of MB come back.
@@ -73,6 +74,40 @@ class Monitor:
         """The events since the last call."""
         events, self._events = self._events, []
         return events
+
+
+def make_trainer(
+    task: WorkerTask,
+    *,
+    scaling: ScalingConfig,
+    max_failures: int,
+    own_files: str,
+    callbacks: Sequence[Any] = (),
+) -> TorchTrainer:
+    """What runs the workers; its `fit` returns when they have ended.
+
+    Args:
+        task: what every worker is told.
+        scaling: how many workers, and what each has.
+        max_failures: times that lost workers are replaced.
+        own_files: folder of this machine for Ray's own files.
+        callbacks: told of the workers' reports.
+    """
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"task": task},
+        scaling_config=scaling,
+        torch_config=NodeAddressTorchConfig(),
+        run_config=RunConfig(
+            # Checkpoints and resuming are the loop's. Ray's own files are read on this node alone.
+            storage_path=own_files,
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+            # Ray Train runs the loop in a thread that is not the process's first.
+            worker_runtime_env={"env_vars": dict(KEEPING_ENVIRONMENT)},
+            callbacks=list(callbacks),
+        ),
+    )
 
 
 def run_worker(settings: dict[str, Any]) -> None:

@@ -1,0 +1,465 @@
+"""Search settings of training on bcSR: a space of tune_spaces/ in, a table, a best config, a page.
+
+Each trial is a training run of its own below the output, as train.py keeps it. A sweep that was
+stopped or killed goes on when the same command is given again: trials that are done are kept,
+those that were running go on from their checkpoints.
+
+Examples:
+  python jobs/tune.py --space tune_spaces/loss_weights.yaml --dataset bcsr/ --steps 2000
+  python jobs/tune.py --space tune_spaces/blocks.yaml --dataset bcsr/ --seeds 1 7 11 18 1011
+  python jobs/tune.py --space tune_spaces/loss_weights_search.yaml --dataset bcsr/ \
+      --strategy optuna --num-samples 40 --scheduler asha
+  ray job submit --working-dir . -- python jobs/tune.py --space tune_spaces/reduction.yaml \
+      --dataset s3://lab/bcsr --output s3://lab/sweeps/reduction --gpus-per-worker 0.5
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+# `python jobs/tune.py` puts jobs/ on the path, not the folder that holds carn/ and jobs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ray
+import tyro
+from ray import tune
+
+from carn import storage
+from carn.bcsr.dataset import open_dataset
+from carn.errors import CarnError, DatasetError
+from carn.report.page import plural
+from carn.report.sweep_summary import write_sweep
+from carn.training.config import TrainConfig
+from carn.training.engine import EngineConfig
+from carn.training.recipes import Recipe, flat, recipe
+from carn.training.tiles import dataset_digest
+from carn.tuning.space import Space, read_space
+from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial
+from jobs.ray_stage import ClusterError, start_ray
+from jobs.train import check_dataset
+from jobs.tune_trials import (
+    METRIC,
+    Setup,
+    Watch,
+    engine_of_trials,
+    failure_text,
+    finished_suggestions,
+    make_search,
+    quiet_tune,
+    run_trial,
+)
+
+logger = logging.getLogger("tune")
+
+# Memory that the process beside each trial's workers is counted with, bytes; it computes nothing.
+TRIAL_MEMORY = 500e6
+# Seconds between two looks whether the sweep has ended.
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Which points are tried, and for how long each."""
+
+    strategy: Literal["grid", "random", "optuna"] = "grid"
+    """`grid`: every point of the space. `random`: `num_samples` drawn points. `optuna`: as many,
+    each suggested by what the ones before came to (TPE)."""
+    num_samples: int = 20
+    """Points, where they are drawn or suggested."""
+    search_seed: int = 1
+    """Of the drawing or the suggestions."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds that each point is trained with; None for those of the space. The paper's are 1, 7,
+    11, 18 and 1011."""
+    scheduler: Literal["none", "asha"] = "none"
+    """`asha`: end runs early that are worse than most others were at the same step."""
+    grace_steps: int | None = None
+    """With `asha`: no run ends before; None for two validations."""
+    reduction_factor: int = 3
+    """With `asha`: one in so many goes on from each rung to the next."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "grace_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.reduction_factor < 2:
+            raise ValueError(f"reduction_factor={self.reduction_factor} must be at least 2")
+        if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
+            raise ValueError(f"seeds={self.seeds} must be different numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialsConfig:
+    """What a trial has of the cluster."""
+
+    max_concurrent: int | None = None
+    """Trials at a time; None for as many as fit the cluster now."""
+    workers_per_trial: int = 1
+    """Workers that share each batch of a trial."""
+    cpus_per_worker: float | None = None
+    """CPUs of a worker; None for up to 4 of a node's beside each GPU, or on CPUs alone up to 2."""
+    gpus_per_worker: float | None = None
+    """GPUs of a worker, such as 0.25 for four trials on each; None for one where there are any."""
+    max_failures: int = 3
+    """Times that a trial whose processes died is begun again, from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_concurrent", "workers_per_trial"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
+            raise ValueError(f"cpus_per_worker={self.cpus_per_worker} must be positive")
+        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
+            raise ValueError(f"gpus_per_worker={self.gpus_per_worker} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneJob:
+    """What `tune.py` is asked to do."""
+
+    space: str
+    """YAML file of a search space; see tune_spaces/."""
+    dataset: str
+    """Folder or s3:// prefix of a finished bcSR dataset."""
+    output: str | None = None
+    """Folder or s3:// prefix of the sweep, which all nodes must share; None for
+    sweeps/<name of the space> in the folder the job is started from."""
+    recipe: Recipe = "paper"
+    """What all that neither the space nor an option says is taken from."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    trials: TrialsConfig = field(default_factory=TrialsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if tyro.MISSING in (self.space, self.dataset):
+            return  # not a job yet: the defaults of the command line
+        storage.normalize(self.dataset)
+        if self.output is None and "RAY_ADDRESS" in os.environ:
+            raise ValueError(
+                "say with --output where the sweep is to be kept: on a cluster the folder that "
+                "the job starts in is thrown away"
+            )
+
+    @property
+    def output_uri(self) -> str:
+        """Where the sweep is kept."""
+        name = storage.name_of(storage.normalize(self.space)).rsplit(".", 1)[0]
+        return storage.normalize(self.output or f"sweeps/{name}")
+
+
+def main(job: TuneJob) -> int:
+    """Search; returns the process's exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
+    space = read_space(job.space)
+    check_job(job, space)
+    dataset = open_dataset(job.dataset)
+    check_dataset(dataset, job.train)
+    if not dataset.num_tiles("validation"):
+        raise DatasetError(
+            f"{dataset.uri} has no validation tiles to judge trials by; build it with "
+            "--num-validation"
+        )
+    identity = {"uri": dataset.uri, "digest": dataset_digest(dataset)}
+    folder = SweepFolder(uri=job.output_uri)
+    folder.begin(space, base=job.train, dataset=identity)
+    sweep = Sweep(job, space, folder, identity)
+    started = time.monotonic()
+    is_stopped = False
+    try:
+        sweep.run()
+    except KeyboardInterrupt:
+        is_stopped = True
+    outcomes = sweep.outcomes()
+    seconds = time.monotonic() - started
+    said = write_sweep(
+        folder.uri, space, outcomes, base=job.train, seconds=seconds, machine=sweep.machine
+    )
+    print(said, flush=True)
+    if is_stopped:
+        print("tune: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 1 if any(outcome.state in ("failed", "begun", "new") for outcome in outcomes) else 0
+
+
+def check_job(job: TuneJob, space: Space) -> None:
+    """Find out before anything is started whether the sweep can be made.
+
+    Raises:
+        ValueError: a point of the space is impossible, or options do not go together.
+    """
+    search = job.search
+    start = flat(
+        space.start(recipe(job.recipe, model=_model(space), scale=_scale(space))).to_dict()
+    )
+    given = flat(job.train.to_dict())
+    for name in space.columns:
+        if given.get(name) != start.get(name):
+            raise ValueError(f"{name} is what the space {space.name} searches: leave it out")
+    space.check(job.train)
+    if search.strategy == "grid":
+        space.grid()
+    seeds = search.seeds or space.seeds
+    if search.strategy == "optuna" and search.scheduler == "asha" and len(seeds) > 1:
+        raise ValueError(
+            "--scheduler asha compares single runs, and --strategy optuna the means over "
+            f"{len(seeds)} seeds: take one of the two, or one seed"
+        )
+    if search.scheduler == "asha" and "scale" in space.columns:
+        raise ValueError("--scheduler asha would compare scales with each other: leave it out")
+
+
+class Sweep:
+    """One run of the job."""
+
+    def __init__(
+        self, job: TuneJob, space: Space, folder: SweepFolder, dataset: dict[str, str]
+    ) -> None:
+        self.job = job
+        self.space = space
+        self.folder = folder
+        self.dataset = dataset
+        self.seeds = job.search.seeds or space.seeds
+        self.machine = platform.processor() or platform.machine()
+
+    def outcomes(self) -> list[Outcome]:
+        """What every trial that was asked for, or begun, has come to."""
+        steps = self.job.train.steps
+        known = {trial.name: trial for trial in self.folder.trials()}
+        listed = {trial.name: trial for trial in self._listed()}
+        # What a trial was suggested as is in its own note.
+        return self.folder.outcomes(list((listed | known).values()), steps=steps)
+
+    def _listed(self) -> list[Trial]:
+        """Trials that are known beforehand."""
+        search = self.job.search
+        if search.strategy == "optuna":
+            return []
+        points = (
+            self.space.grid()
+            if search.strategy == "grid"
+            else self.space.draw(search.num_samples, seed=search.search_seed)
+        )
+        trials = [make_trial(point, seed=seed) for point in points for seed in self.seeds]
+        return list({trial.name: trial for trial in trials}.values())
+
+    def run(self) -> None:
+        """Train what is not trained yet."""
+        outcomes = self.outcomes()
+        for outcome in outcomes:
+            if outcome.state == "failed" and not outcome.is_lasting:
+                self.folder.forget_failure(outcome.trial)
+        is_open = [o for o in outcomes if o.state in ("new", "begun") or self._is_tried_again(o)]
+        done = len(outcomes) - len(is_open)
+        left = 0
+        if self.job.search.strategy == "optuna":
+            points, _ = finished_suggestions(outcomes, num_seeds=len(self.seeds))
+            begun = {o.trial.name.split("-")[0] for o in outcomes}
+            left = max(0, self.job.search.num_samples - len(begun))
+            done = len(points)
+        logger.info(
+            "%s to do, %d done before", plural(len(is_open) + left * len(self.seeds), "trial"), done
+        )
+        if not is_open and not left:
+            return
+        quiet_tune()
+        if "RAY_ADDRESS" not in os.environ:
+            # Nobody takes this machine away at short notice.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        logger.info("starting Ray, or connecting to it")
+        start_ray(has_dashboard=True)
+        setup, at_once = self._setup()
+        if is_open:
+            self._fit(
+                setup,
+                space={"trial": tune.grid_search([o.trial for o in is_open])},
+                count=len(is_open),
+                at_once=at_once,
+            )
+        if left:
+            search = make_search(
+                self.space,
+                known=self.outcomes(),
+                seeds=self.seeds,
+                search_seed=self.job.search.search_seed,
+            )
+            self._fit(setup, space={}, count=left, at_once=at_once, search=search)
+
+    def _is_tried_again(self, outcome: Outcome) -> bool:
+        return outcome.state == "failed" and not outcome.is_lasting
+
+    def _setup(self) -> tuple[Setup, int]:
+        """What trials share, and how many run at a time."""
+        trials = self.job.trials
+        list_nodes: Any = ray.nodes
+        nodes = [node["Resources"] for node in list_nodes() if node["Alive"]]
+        most_gpus = max(node.get("GPU", 0.0) for node in nodes)
+        most_cpus = max(node.get("CPU", 0.0) for node in nodes)
+        is_cuda = self.job.engine.device != "cpu" and most_gpus > 0
+        gpus = (1.0 if trials.gpus_per_worker is None else trials.gpus_per_worker) * is_cuda
+        if (trials.gpus_per_worker or self.job.engine.device == "cuda") and not gpus:
+            raise ClusterError("GPUs were asked for, and the cluster has none; use --device cpu")
+        by_gpu = most_cpus / most_gpus * gpus if gpus else 2.0
+        cpus = trials.cpus_per_worker or max(1.0, float(int(min(4.0, by_gpu, most_cpus))))
+        fitting = sum(
+            int(min(node.get("CPU", 0.0) / cpus, node.get("GPU", 0.0) / gpus if gpus else 1e9))
+            for node in nodes
+        )
+        at_once = fitting // trials.workers_per_trial
+        if at_once < 1:
+            raise ClusterError(
+                f"a trial's {trials.workers_per_trial} workers of {cpus:g} CPUs and {gpus:g} GPUs "
+                f"do not fit the cluster, whose largest node has {most_cpus:g} CPUs and "
+                f"{most_gpus:g} GPUs; lower --workers-per-trial, --cpus-per-worker or "
+                "--gpus-per-worker"
+            )
+        counts = [sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")]
+        self.machine = f"{plural(len(nodes), 'node')}, {counts[0]:g} CPUs, {counts[1]:g} GPUs"
+        setup = Setup(
+            space=self.space,
+            base=self.job.train,
+            output=self.folder.uri,
+            seeds=self.seeds,
+            engine=engine_of_trials(self.job.engine, self.job.train),
+            dataset=self.dataset,
+            num_workers=trials.workers_per_trial,
+            cpus_per_worker=cpus,
+            gpus_per_worker=gpus,
+            max_failures=trials.max_failures,
+        )
+        return setup, min(at_once, trials.max_concurrent or at_once)
+
+    def _scheduler(self) -> Any:
+        search, train = self.job.search, self.job.train
+        if search.scheduler == "none":
+            return None
+        from ray.tune.schedulers import ASHAScheduler
+
+        every = train.validation.validate_every
+        return ASHAScheduler(
+            time_attr="step",
+            max_t=train.steps,
+            grace_period=min(train.steps, search.grace_steps or 2 * every),
+            reduction_factor=search.reduction_factor,
+        )
+
+    def _fit(
+        self, setup: Setup, *, space: dict[str, Any], count: int, at_once: int, search: Any = None
+    ) -> None:
+        """Let Tune run trials, and note those that failed for good."""
+        own_files = tempfile.mkdtemp(prefix="carn-ray-sweep-")
+        trainable = tune.with_resources(
+            tune.with_parameters(run_trial, setup=setup), {"CPU": 0, "memory": TRIAL_MEMORY}
+        )
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                search_alg=search,
+                scheduler=self._scheduler(),
+                num_samples=count if search is not None else 1,
+                max_concurrent_trials=at_once,
+            ),
+            run_config=tune.RunConfig(
+                storage_path=own_files,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=setup.max_failures),
+                callbacks=[Watch(setup, num_trials=count)],
+            ),
+        )
+        try:
+            results = _in_thread(tuner.fit)
+        finally:
+            shutil.rmtree(own_files, ignore_errors=True)
+        for result in results:
+            if result.error is None:
+                continue
+            for trial in setup.trials_of(result.config or {}):
+                outcome = self.folder.outcome(trial, steps=setup.base.steps)
+                if outcome.state in ("new", "begun"):
+                    reason = failure_text(result.error)
+                    self.folder.note_failure(trial, reason, is_lasting=False)
+
+
+def _in_thread(call: Any) -> Any:
+    """What a call returns. In the main thread Tune would take Ctrl-C for itself, without a word."""
+    found: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="tune")
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+    if errors:
+        raise errors[0]
+    return found[0]
+
+
+def _model(space: Space) -> Any:
+    return space.settings.get("model", TrainConfig().network.model)
+
+
+def _scale(space: Space) -> int:
+    return int(space.settings.get("scale", TrainConfig().network.scale))
+
+
+def parse(arguments: Sequence[str] | None = None) -> TuneJob:
+    """The job that a command line asks for: options before the space before --recipe.
+
+    Raises:
+        ValueError: a setting is impossible.
+        StorageError: the space cannot be read.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", default="paper")
+    early.add_argument("--space", default=None)
+    known, _ = early.parse_known_args(arguments)
+    start = TrainConfig()
+    if known.space is not None:
+        space = read_space(known.space)
+        start = space.start(recipe(known.recipe, model=_model(space), scale=_scale(space)))
+    return tyro.cli(
+        TuneJob,
+        default=dataclasses.replace(TuneJob(space=tyro.MISSING, dataset=tyro.MISSING), train=start),
+        args=arguments,
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def cli() -> int:
+    """Parse the command line, run, and turn expected errors into one line each."""
+    try:
+        return main(parse())
+    except (CarnError, ValueError) as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tune: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
