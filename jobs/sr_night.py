@@ -116,6 +116,7 @@ class Night:
         self.run_id = f"{self.started.astimezone(UTC):%Y-%m-%dT%H-%M-%S}-{uuid.uuid4().hex[:4]}"
         self.stopped: str | None = None
         self.is_reported = True
+        self.is_broken = False
         self.slides: dict[str, SlideSummary] = {}
         self.todo: list[SlideTask] = []
         self.sizes: dict[str, int] = {}
@@ -252,13 +253,23 @@ class Night:
     def _check_output(self) -> None:
         """Write a little to the output.
 
-        Asked after a slide failed over storage, too: if it is down for good, every other one would
-        fail the same way, each after minutes of trying.
-
         Raises:
             StorageError: it cannot be written.
         """
         storage.write_bytes(storage.join(self.output, "_state", "begun"), self.run_id.encode())
+
+    def _stop_if_down(self) -> None:
+        """End the run in good order if the output cannot be written any more.
+
+        Asked after a slide has failed over storage: if that is down for good, every other one would
+        fail the same way, each after minutes of trying.
+        """
+        try:
+            self._check_output()
+        except StorageError as error:
+            self.is_broken = True
+            self.stopped = self.stopped or str(error)
+            logger.error("the run ends early: %s", error)
 
     def work(self) -> None:
         """Do what there is to do, wave by wave, until it is done or the deadline has come."""
@@ -311,6 +322,8 @@ class Night:
         size = 0
         wanted = WAVE_BYTES[crew.device] * crew.max_actors
         while queue and size < wanted and len(wave) < MAX_WAVE and not self._is_at_limit():
+            if self.stopped is not None:
+                break
             task = queue.popleft()
             try:
                 if not self._claim(task, claims):
@@ -318,7 +331,7 @@ class Night:
             except StorageError as error:
                 self._set(task.name, status="failed", reason=str(error))
                 logger.warning("%s failed: %s", task.name, error)
-                self._check_output()
+                self._stop_if_down()
                 continue
             self.begun.add(task.name)
             wave.append(task)
@@ -359,7 +372,7 @@ class Night:
                 self._set(task.name, status="failed", reason=LOST)
         found = [plans[task.name] for task in wave if task.name in plans]
         if len(found) < len(wave):
-            self._check_output()
+            self._stop_if_down()
         for plan in found:
             self._set(
                 plan.task.name,
@@ -430,7 +443,7 @@ class Night:
                 self._set(plan.task.name, status="failed", reason=facts["reason"])
                 logger.warning("%s failed: %s", plan.task.name, facts["reason"])
                 if facts.get("is_storage"):
-                    self._check_output()
+                    self._stop_if_down()
             return
         left = wave.left[slide]
         left.discard(block)
@@ -485,7 +498,7 @@ class Night:
         self._set(name, status="failed", reason=outcome["reason"])
         logger.warning("%s failed: %s", name, outcome["reason"])
         if outcome.get("is_storage"):
-            self._check_output()
+            self._stop_if_down()
         return None
 
     # ------------------------------------------------------------------------------ the end

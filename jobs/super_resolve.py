@@ -50,7 +50,6 @@ def main(job: SuperResolveJob) -> int:
     if job.run.dry_run:
         print(night.forecast(), flush=True)
         return 0
-    is_broken = False
     try:
         with _stopped_by_sigterm():
             night.begin()
@@ -63,12 +62,12 @@ def main(job: SuperResolveJob) -> int:
         # Storage or Ray gave out under it: what was done counts, and is told.
         logger.error("the run ends early: %s", error, exc_info=not isinstance(error, CarnError))
         night.stopped = str(error) if isinstance(error, CarnError) else repr(error)
-        is_broken = True
+        night.is_broken = True
     print(night.conclude(), flush=True)
     if night.stopped == "interrupted":
         return 130
     is_bad = bool(night.count("failed", "conflict")) and job.run.on_bad_slide == "fail"
-    return 1 if is_bad or is_broken or not night.is_reported else 0
+    return 1 if is_bad or night.is_broken or not night.is_reported else 0
 
 
 @contextmanager
