@@ -1,0 +1,334 @@
+"""What an evaluation came to: its tables and its page, from the scores that were kept."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from carn import storage
+from carn.evaluation.crops import CropStrip
+from carn.evaluation.published import CARN_MSE, CARN_STAR, FIGURE_4, TABLE_2
+from carn.evaluation.scoring import conventions
+from carn.evaluation.statistics import compare, holm, mean_scores, summarize_seeds
+from carn.evaluation.study import Entrant, model_of
+from carn.evaluation.timing import Timing
+from carn.models.cost import count_flops, count_parameters
+from carn.models.table import MODELS
+from carn.report import evaluation_report
+from carn.report.evaluation_records import (
+    Comparison,
+    EvaluationReport,
+    ModelRow,
+    TimingRow,
+    Variant,
+)
+from carn.report.evaluation_records import CropStrip as ShownCrop
+
+# The side of the LR image that a row's FLOPs are of, as the paper's Table 3.
+FLOPS_LR_PX = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Entrants that differ in their seeds alone, and their scores.
+
+    Attributes:
+        entrants: one a seed.
+        tables: of SCORES, one an entrant.
+        variant: of the row: "", "MSE" or "*".
+    """
+
+    entrants: tuple[Entrant, ...]
+    tables: tuple[pa.Table, ...]
+    variant: Variant
+
+    @property
+    def title(self) -> str:
+        """Name and variant in print."""
+        return self.entrants[0].title + {"": "", "MSE": " (MSE)", "*": "*"}[self.variant]
+
+
+def group_seeds(
+    scores: Sequence[tuple[Entrant, pa.Table]], *, is_star: bool = False
+) -> list[Scored]:
+    """Entrants by model and scale, those that differ in their seeds alone together.
+
+    In the order of the paper's tables; names that would be the same are told apart by a number.
+    """
+    groups: dict[tuple[str, int, str], list[tuple[Entrant, pa.Table]]] = {}
+    for entrant, table in scores:
+        groups.setdefault((entrant.key, entrant.scale, entrant.recipe), []).append((entrant, table))
+    order = list(MODELS)
+    ranked = sorted(groups.values(), key=lambda g: (g[0][0].scale, order.index(g[0][0].key)))  # type: ignore[arg-type]
+    found = []
+    for group in ranked:
+        variant: Any = "*" if is_star else group[0][0].variant
+        entrants = tuple(entrant for entrant, _ in group)
+        tables = tuple(table for _, table in group)
+        found.append(Scored(entrants=entrants, tables=tables, variant=variant))
+    return _told_apart(found)
+
+
+def _told_apart(scored: Sequence[Scored]) -> list[Scored]:
+    seen: dict[tuple[str, int], int] = {}
+    found = []
+    for item in scored:
+        key = (item.title, item.entrants[0].scale)
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] > 1:
+            settings = ", ".join(
+                part for part in (item.entrants[0].settings, f"no. {seen[key]}") if part
+            )
+            entrants = tuple(replace(entrant, settings=settings) for entrant in item.entrants)
+            found.append(replace(item, entrants=entrants))
+        else:
+            found.append(item)
+    return found
+
+
+def write_evaluation(
+    uri: str,
+    *,
+    scored: Sequence[Scored],
+    timings: Sequence[tuple[Entrant, Timing]],
+    crops: Sequence[CropStrip],
+    facts: Mapping[str, Any],
+    failures: Sequence[str],
+) -> str:
+    """Write the tables and the page of an evaluation, and say what it came to.
+
+    Args:
+        uri: folder or prefix.
+        scored: of `group_seeds`; rows with a star last.
+        timings, crops: as far as they were made.
+        facts: `dataset_uri`, `dataset_digest`, `code_version`, `seconds`, `machine`, `notes`, and
+            the `settings` of the job.
+        failures: what could not be scored, and why.
+
+    Returns:
+        Lines to print.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    report = make_report(
+        scored=scored, timings=timings, crops=crops, facts=facts, failures=failures
+    )
+    storage.write_bytes(storage.join(uri, "scores.parquet"), _all_scores(scored))
+    rows = [asdict(row) for row in report.rows]
+    storage.write_bytes(storage.join(uri, "table2.csv"), _csv(rows))
+    comparisons = [asdict(comparison) for comparison in report.comparisons]
+    storage.write_bytes(storage.join(uri, "significance.csv"), _csv(comparisons))
+    storage.write_bytes(storage.join(uri, "timings.csv"), _csv([asdict(t) for t in report.timings]))
+    summary = {
+        **{name: value for name, value in facts.items() if name != "notes"},
+        "convention": report.convention,
+        "convention_y": report.convention_y,
+        "rows": rows,
+        "comparisons": comparisons,
+        "failures": list(failures),
+    }
+    storage.write_bytes(
+        storage.join(uri, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode()
+    )
+    page = storage.join(uri, "report.html")
+    storage.write_bytes(page, evaluation_report.render(report).encode())
+    return _said(report, failures, page=page)
+
+
+def _said(report: EvaluationReport, failures: Sequence[str], *, page: str) -> str:
+    width = max((len(row.title) for row in report.rows), default=0)
+    lines = [report.convention]
+    for row in report.rows:
+        spread = "" if row.psnr_std is None else f" +- {row.psnr_std:.3f}"
+        paper = "" if row.paper_psnr_db is None else f"   (paper: {row.paper_psnr_db:.3f} dB)"
+        lines.append(
+            f"  x{row.scale} {row.title:{width}}  {row.psnr_db:.3f}{spread} dB, SSIM {row.ssim:.4f}"
+            f"{paper}"
+        )
+    lines.append(f"  report   {page}")
+    lines += [f"  failed   {text}" for text in failures[:5]]
+    return "\n".join(lines)
+
+
+def make_report(
+    *,
+    scored: Sequence[Scored],
+    timings: Sequence[tuple[Entrant, Timing]],
+    crops: Sequence[CropStrip],
+    facts: Mapping[str, Any],
+    failures: Sequence[str],
+) -> EvaluationReport:
+    """The page's content; arguments as `write_evaluation`."""
+    scales = sorted({item.entrants[0].scale for item in scored})
+    tables = [table for item in scored if item.variant != "*" for table in item.tables]
+    first = tables[0] if tables else pa.table({"slide": []})
+    rgb, _ = conventions(scale=scales[0] if scales else 2)
+    luma = " ".join(f"x{scale}: {conventions(scale=scale)[1]}" for scale in scales)
+    side = FLOPS_LR_PX
+    notes = (
+        *facts["notes"],
+        *(f"Not scored: {text}" for text in failures),
+        f"FLOPs are of one LR image of {side} x {side} px, two for a multiplication and addition. "
+        "The paper's numbers are of its own test set, which is not this one.",
+    )
+    return EvaluationReport(
+        title="Evaluation",
+        dataset_uri=str(facts["dataset_uri"]),
+        convention=rgb,
+        convention_y=luma,
+        num_tiles=len(first),
+        num_slides=len(set(first["slide"].to_pylist())),
+        code_version=str(facts["code_version"]),
+        seconds=float(facts["seconds"]),
+        machine=str(facts["machine"]),
+        rows=tuple(_row(item) for item in scored),
+        comparisons=tuple(c for scale in scales for c in _comparisons(scored, scale)),
+        timings=tuple(_timing(entrant, timing) for entrant, timing in timings),
+        crops=tuple(ShownCrop(**vars(strip)) for strip in crops),
+        notes=notes,
+        spread=tuple(_spreads(scored, scales)),
+    )
+
+
+def _row(item: Scored) -> ModelRow:
+    entrant = item.entrants[0]
+    found = summarize_seeds(item.tables)
+    published = _published(entrant, item.variant)
+    model = model_of(entrant, "cpu")
+    side = FLOPS_LR_PX
+    seeds = tuple(e.seed for e in item.entrants if e.seed is not None)
+    is_trained = entrant.checkpoint is not None
+    return ModelRow(
+        model=entrant.title,
+        key=entrant.key,
+        scale=entrant.scale,
+        variant=item.variant,
+        num_seeds=len(item.entrants) if is_trained else 0,
+        seeds=seeds,
+        psnr_db=found.psnr_db,
+        psnr_std=found.psnr_std,
+        ssim=found.ssim,
+        ssim_std=found.ssim_std,
+        psnr_y_db=found.psnr_y_db,
+        ssim_y=found.ssim_y,
+        lpips=found.lpips,
+        params=count_parameters(model),
+        flops=count_flops(model, lr_px=(side, side)) if is_trained else 0,
+        steps=entrant.steps,
+        trained_on=entrant.trained_on[:8],
+        paper_psnr_db=published and published[0],
+        paper_ssim=published and published[1],
+    )
+
+
+def _published(entrant: Entrant, variant: str) -> tuple[float, float] | None:
+    """The paper's numbers, where the network is the paper's."""
+    if entrant.settings and not entrant.settings.startswith("no. "):
+        return None
+    key = {"MSE": CARN_MSE, "*": CARN_STAR}.get(variant, entrant.key)
+    return TABLE_2.get((key, entrant.scale))
+
+
+def _comparisons(scored: Sequence[Scored], scale: int) -> list[Comparison]:
+    """CARN against each of the others; without one, the best against them."""
+    here = [item for item in scored if item.entrants[0].scale == scale and item.variant != "*"]
+    if len(here) < 2:
+        return []
+    carns = [item for item in here if item.entrants[0].key == "carn" and item.variant == ""]
+    best = max(carns or here, key=lambda item: summarize_seeds(item.tables).psnr_db)
+    others = [item for item in here if item is not best]
+    found = [compare(best.tables, other.tables) for other in others]
+    corrected = holm([difference.p for difference in found])
+    return [
+        Comparison(
+            scale=scale,
+            a=best.title,
+            b=other.title,
+            difference_db=difference.mean,
+            low_db=difference.low,
+            high_db=difference.high,
+            p=difference.p,
+            p_holm=p_holm,
+            num_tiles=difference.num_tiles,
+            num_slides=difference.num_slides,
+        )
+        for other, difference, p_holm in zip(others, found, corrected, strict=True)
+    ]
+
+
+def _timing(entrant: Entrant, timing: Timing) -> TimingRow:
+    is_papers = entrant.key == "carn" and not entrant.settings
+    return TimingRow(
+        model=entrant.title,
+        scale=entrant.scale,
+        seconds=timing.seconds_median,
+        low_s=timing.seconds_iqr[0],
+        high_s=timing.seconds_iqr[1],
+        params=timing.params,
+        flops=timing.flops,
+        device=timing.device,
+        threads=timing.threads,
+        paper_seconds=FIGURE_4.get(entrant.scale) if is_papers else None,
+    )
+
+
+def _spreads(
+    scored: Sequence[Scored], scales: Sequence[int]
+) -> list[tuple[str, tuple[float, ...]]]:
+    """PSNR gains over bicubic of each tile, by model and scale."""
+    found = []
+    for scale in scales:
+        here = [item for item in scored if item.entrants[0].scale == scale and item.variant != "*"]
+        base = next((item for item in here if item.entrants[0].key == "bicubic"), None)
+        if base is None:
+            continue
+        zero = mean_scores(base.tables)
+        for item in here:
+            if item is not base:
+                gains = [value - zero[tile] for tile, value in mean_scores(item.tables).items()]
+                found.append((f"x{scale} {item.title}", tuple(gains)))
+    return found
+
+
+def _all_scores(scored: Sequence[Scored]) -> bytes:
+    """Every tile's scores by every entrant, as a Parquet file."""
+    tables = []
+    for item in scored:
+        for entrant, table in zip(item.entrants, item.tables, strict=True):
+            columns = {
+                "model": item.title,
+                "key": entrant.key,
+                "variant": item.variant,
+                "scale": entrant.scale,
+                "seed": entrant.seed,
+                "checkpoint": entrant.checkpoint,
+                "checkpoint_hash": entrant.checkpoint_hash,
+            }
+            kinds = {"scale": pa.int32(), "seed": pa.int64()}
+            about = pa.table(
+                {
+                    name: pa.array([value] * len(table), kinds.get(name, pa.string()))
+                    for name, value in columns.items()
+                }
+            )
+            columns_of = [*about.columns, *table.columns]
+            names = [*about.column_names, *table.column_names]
+            tables.append(pa.Table.from_arrays(columns_of, names=names))
+    sink = io.BytesIO()
+    pq.write_table(pa.concat_tables(tables), sink)
+    return sink.getvalue()
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    buffer = io.StringIO(newline="")
+    if rows:
+        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return buffer.getvalue().encode()
