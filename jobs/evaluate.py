@@ -410,7 +410,7 @@ class Evaluation:
         figures = self.job.figures
         if not figures.timing:
             return []
-        ones = {(e.key, e.scale, e.settings): e for e in reversed(self.entrants)}
+        ones = {(e.key, e.scale, e.architecture): e for e in reversed(self.entrants)}
         kind = f"{self.device}, {self._node_cpus:g} CPUs"
         timed = [(e, timing_uri(self.output, e, machine=kind)) for e in ones.values()]
         for entrant, uri in timed:
@@ -500,7 +500,8 @@ def _done(
     parts: Sequence[Part], *, device: str, threads: int, resources: dict[str, float]
 ) -> Iterator[tuple[Part, str | None]]:
     """Do parts as Ray tasks; yields each as it ends, with why it failed or None."""
-    call: Any = ray.remote(_do_part).options(
+    do_part: Any = _do_part  # Ray's annotation of what it calls leaves keyword arguments out
+    call: Any = ray.remote(do_part).options(
         max_retries=MAX_RETRIES,
         runtime_env={"env_vars": dict(KEEPING_ENVIRONMENT)},
         num_cpus=resources["num_cpus"],

@@ -44,7 +44,7 @@ from carn.training.config import TrainConfig
 from carn.training.engine import EngineConfig
 from carn.training.recipes import Recipe, flat, recipe
 from carn.training.tiles import dataset_digest
-from carn.tuning.space import Space, read_space
+from carn.tuning.space import Point, Space, read_space
 from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.train import check_dataset
@@ -75,6 +75,8 @@ class SearchConfig:
     strategy: Literal["grid", "random", "optuna"] = "grid"
     """`grid`: every point of the space. `random`: `num_samples` drawn points. `optuna`: as many,
     each suggested by what the ones before came to (TPE)."""
+    only: tuple[str, ...] = ()
+    """With `grid`: points with these values alone, as `scale=2 model=carn`."""
     num_samples: int = 20
     """Points, where they are drawn or suggested."""
     search_seed: int = 1
@@ -212,15 +214,41 @@ def check_job(job: TuneJob, space: Space) -> None:
             raise ValueError(f"{name} is what the space {space.name} searches: leave it out")
     space.check(job.train)
     if search.strategy == "grid":
-        space.grid()
+        grid_of(space, search)
+    elif search.only:
+        raise ValueError(f"--only is for a grid, not for --strategy {search.strategy}")
     seeds = search.seeds or space.seeds
-    if search.strategy == "optuna" and search.scheduler == "asha" and len(seeds) > 1:
+    if search.scheduler == "asha" and len(seeds) > 1:
         raise ValueError(
-            "--scheduler asha compares single runs, and --strategy optuna the means over "
-            f"{len(seeds)} seeds: take one of the two, or one seed"
+            f"--scheduler asha compares single runs, and would end some of a point's {len(seeds)} "
+            "seeds: take one seed"
         )
     if search.scheduler == "asha" and "scale" in space.columns:
         raise ValueError("--scheduler asha would compare scales with each other: leave it out")
+
+
+def grid_of(space: Space, search: SearchConfig) -> list[Point]:
+    """The points of a grid that are asked for.
+
+    Raises:
+        ValueError: none are, or an `only` names what is not searched.
+    """
+    wanted: dict[str, set[str]] = {}
+    for text in search.only:
+        name, _, value = text.partition("=")
+        if name not in space.columns:
+            raise ValueError(
+                f"--only {text}: the space {space.name} searches {', '.join(space.columns)}"
+            )
+        wanted.setdefault(name, set()).add(value)
+    points = [
+        point
+        for point in space.grid()
+        if all(f"{point[name]}" in values for name, values in wanted.items())
+    ]
+    if not points:
+        raise ValueError(f"--only {' '.join(search.only)}: no point of {space.name} is so")
+    return points
 
 
 class Sweep:
@@ -250,7 +278,7 @@ class Sweep:
         if search.strategy == "optuna":
             return []
         points = (
-            self.space.grid()
+            grid_of(self.space, search)
             if search.strategy == "grid"
             else self.space.draw(search.num_samples, seed=search.search_seed)
         )

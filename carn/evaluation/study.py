@@ -32,6 +32,7 @@ from carn.evaluation.timing import Timing, paper_lr_px, time_model
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
 from carn.models.table import MODELS, ModelName, build_model
 from carn.slides.slide import Rgb
+from carn.training.recipes import flat
 from carn.version import code_version
 
 # Tiles that are scored at a stretch: what is lost when a process is.
@@ -54,10 +55,12 @@ class Entrant:
         checkpoint_hash: of its weights and config; "" for bicubic.
         seed: of its training; None where nothing is known.
         variant: "MSE" for CARN that was trained by the squared error alone, else "".
-        settings: what tells it from the paper's configuration, such as "num_blocks=4".
+        architecture: what tells the network from the paper's, such as "num_blocks=4".
+        settings: the same, and what else tells it from others of its name.
         recipe: hash of how it was trained but for its seed: equal ones are averaged.
         steps: updates that it was trained for.
         trained_on: digest of its dataset.
+        training: settings of its training by name, as text.
     """
 
     key: str
@@ -66,10 +69,12 @@ class Entrant:
     checkpoint_hash: str
     seed: int | None
     variant: str
+    architecture: str
     settings: str
     recipe: str
     steps: int | None
     trained_on: str
+    training: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -186,10 +191,12 @@ def _entrant(checkpoint: Checkpoint) -> Entrant:
         checkpoint_hash=checkpoint_hash(checkpoint),
         seed=None if seed is None else int(seed),
         variant="MSE" if checkpoint.model_name == "carn" and loss == "mse" else "",
+        architecture=", ".join(changed),
         settings=", ".join(changed),
         recipe=_digest(recipe),
         steps=checkpoint.step,
         trained_on=str(dataset.get("digest") or ""),
+        training=tuple((name, f"{value}") for name, value in sorted(flat(training).items())),
     )
 
 
@@ -202,6 +209,7 @@ def bicubic(scale: int) -> Entrant:
         checkpoint_hash="",
         seed=None,
         variant="",
+        architecture="",
         settings="",
         recipe="bicubic",
         steps=None,
@@ -302,7 +310,7 @@ def read_scores(uri: str) -> pa.Table | None:
 
 def timing_uri(output: str, entrant: Entrant, *, machine: str) -> str:
     """Where the timing of an entrant on a kind of machine is kept."""
-    name = _digest([entrant.key, entrant.scale, entrant.settings, machine, code_version()])
+    name = _digest([entrant.key, entrant.scale, entrant.architecture, machine, code_version()])
     return storage.join(output, "timings", f"{name}.json")
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -75,19 +75,25 @@ def group_seeds(
 
 
 def _told_apart(scored: Sequence[Scored]) -> list[Scored]:
-    seen: dict[tuple[str, int], int] = {}
+    """Rows of one name get what differs in their trainings as well, or a number."""
+    alike: dict[tuple[str, int], list[Scored]] = {}
+    for item in scored:
+        alike.setdefault((item.title, item.entrants[0].scale), []).append(item)
     found = []
     for item in scored:
-        key = (item.title, item.entrants[0].scale)
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] > 1:
-            settings = ", ".join(
-                part for part in (item.entrants[0].settings, f"no. {seen[key]}") if part
-            )
-            entrants = tuple(replace(entrant, settings=settings) for entrant in item.entrants)
-            found.append(replace(item, entrants=entrants))
-        else:
+        rivals = alike[item.title, item.entrants[0].scale]
+        if len(rivals) == 1:
             found.append(item)
+            continue
+        trainings = [dict(rival.entrants[0].training) for rival in rivals]
+        names = sorted({name for training in trainings for name in training})
+        telling = [n for n in names if len({training.get(n) for training in trainings}) > 1]
+        own = dict(item.entrants[0].training)
+        words = [f"{name}={own.get(name, '?')}" for name in telling[:3]]
+        words = words or [f"no. {rivals.index(item) + 1}"]
+        settings = ", ".join(part for part in (item.entrants[0].settings, *words) if part)
+        entrants = tuple(replace(entrant, settings=settings) for entrant in item.entrants)
+        found.append(replace(item, entrants=entrants))
     return found
 
 
@@ -189,7 +195,7 @@ def make_report(
         machine=str(facts["machine"]),
         rows=tuple(_row(item) for item in scored),
         comparisons=tuple(c for scale in scales for c in _comparisons(scored, scale)),
-        timings=tuple(_timing(entrant, timing) for entrant, timing in timings),
+        timings=tuple(_timings(scored, timings)),
         crops=tuple(ShownCrop(**vars(strip)) for strip in crops),
         notes=notes,
         spread=tuple(_spreads(scored, scales)),
@@ -229,7 +235,7 @@ def _row(item: Scored) -> ModelRow:
 
 def _published(entrant: Entrant, variant: str) -> tuple[float, float] | None:
     """The paper's numbers, where the network is the paper's."""
-    if entrant.settings and not entrant.settings.startswith("no. "):
+    if entrant.architecture:
         return None
     key = {"MSE": CARN_MSE, "*": CARN_STAR}.get(variant, entrant.key)
     return TABLE_2.get((key, entrant.scale))
@@ -262,20 +268,29 @@ def _comparisons(scored: Sequence[Scored], scale: int) -> list[Comparison]:
     ]
 
 
-def _timing(entrant: Entrant, timing: Timing) -> TimingRow:
-    is_papers = entrant.key == "carn" and not entrant.settings
-    return TimingRow(
-        model=entrant.title,
-        scale=entrant.scale,
-        seconds=timing.seconds_median,
-        low_s=timing.seconds_iqr[0],
-        high_s=timing.seconds_iqr[1],
-        params=timing.params,
-        flops=timing.flops,
-        device=timing.device,
-        threads=timing.threads,
-        paper_seconds=FIGURE_4.get(entrant.scale) if is_papers else None,
-    )
+def _timings(
+    scored: Sequence[Scored], timings: Sequence[tuple[Entrant, Timing]]
+) -> Iterator[TimingRow]:
+    """A row for each model that is scored: networks of one architecture take as long."""
+    known = {(e.key, e.scale, e.architecture): timing for e, timing in timings}
+    for item in scored:
+        entrant = item.entrants[0]
+        timing = known.get((entrant.key, entrant.scale, entrant.architecture))
+        if timing is None or item.variant == "*":
+            continue
+        is_papers = entrant.key == "carn" and not entrant.architecture
+        yield TimingRow(
+            model=item.title,
+            scale=entrant.scale,
+            seconds=timing.seconds_median,
+            low_s=timing.seconds_iqr[0],
+            high_s=timing.seconds_iqr[1],
+            params=timing.params,
+            flops=timing.flops,
+            device=timing.device,
+            threads=timing.threads,
+            paper_seconds=FIGURE_4.get(entrant.scale) if is_papers else None,
+        )
 
 
 def _spreads(
