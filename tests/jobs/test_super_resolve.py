@@ -274,8 +274,9 @@ def test_storage_that_is_down_ends_the_run_instead_of_every_slide(
 
     def run_blocks(*_arguments: Any, **_options: Any) -> Any:
         monkeypatch.setattr(storage, "write_bytes", refused)
-        for slide in range(4):
-            yield slide, 0, dict(down)
+        yield 0, 0, dict(down)
+        for slide in range(1, 4):  # what actors answer once the board says stop
+            yield slide, 0, {"verdict": "stopped"}
 
     monkeypatch.setattr(sr_night, "run_blocks", run_blocks)
     assert main(make_sr_job(lab, lab / "sr")) == 1
