@@ -173,7 +173,7 @@ def memory_of(job: psutil.Process) -> Counter[str]:
             kind = "driver"
         elif "Upscaler" in title:
             kind = "workers"
-        elif "finish_unit" in title:
+        elif "Finisher" in title:
             kind = "finish"
         else:
             kind = "ray"

@@ -174,7 +174,8 @@ def make_search(
         {name: distribution(axis) for name, axis in space.shares.items()},
         metric=METRIC,
         mode="max",
-        seed=search_seed,
+        # Another seed for each continuation: the same one would suggest the first points again.
+        seed=search_seed + len(points),
         points_to_evaluate=points or None,
         evaluated_rewards=rewards or None,
     )

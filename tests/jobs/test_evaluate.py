@@ -1,0 +1,137 @@
+"""The evaluation as a job: tables and a page, what is kept, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from carn.errors import CheckpointError, DatasetError
+from jobs import evaluate
+from jobs.evaluate import EvaluateJob, FiguresConfig, ScoreConfig, TasksConfig, main
+from tests.evaluation.lab import write_run
+from tests.jobs.lab import ROOT
+from tests.jobs.train_lab import write_dataset
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+
+FAST = FiguresConfig(timing_repeats=3, timing_seconds=0.1, crops=1)
+
+
+def make_job(lab: Path, output: str = "out", **changes: object) -> EvaluateJob:
+    fields: dict[str, object] = {
+        "dataset": str(lab / "bcsr"),
+        "runs": (str(lab / "run"),),
+        "output": str(lab / output),
+        "score": ScoreConfig(),
+        "figures": FAST,
+        "tasks": TasksConfig(device="cpu"),
+    }
+    return EvaluateJob(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "bcsr", num_tiles=(4, 2, 10))
+    write_run(str(tmp_path / "run"))
+    return tmp_path
+
+
+def summary_of(lab: Path, output: str = "out") -> dict[str, object]:
+    content: dict[str, object] = json.loads((lab / output / "summary.json").read_text())
+    return content
+
+
+def test_scores_crops_and_timings_and_nothing_twice(
+    lab: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(lab / "more", num_tiles=(4, 2, 12), seed=5)
+    # Tiles 0_0 ... 9 of the second dataset are named as those of the first; two are not.
+    score = ScoreConfig(removed=str(lab / "more"), scales=(4,))
+    assert main(make_job(lab, score=score)) == 0
+    said = capsys.readouterr().out
+    assert "x4 bicubic" in said
+    rows = summary_of(lab)["rows"]
+    assert [(r["key"], r["scale"], r["variant"]) for r in rows] == [  # type: ignore[attr-defined,index]
+        ("bicubic", 2, ""),
+        ("carn", 2, ""),
+        ("bicubic", 4, ""),
+        ("carn", 2, "*"),
+    ]
+    page = (lab / "out" / "report.html").read_text()
+    assert "trained on another dataset" in page
+    assert "2 of " in page
+    kept = {path: path.stat().st_mtime_ns for path in (lab / "out" / "scores").iterdir()}
+    assert len(kept) == 3 * 2 + 1
+    assert len(list((lab / "out" / "timings").iterdir())) == 3
+    assert len(list((lab / "out" / "crops").iterdir())) == 1
+    before = (lab / "out" / "table2.csv").read_bytes()
+    write_run(str(lab / "second"), seed=7)
+    assert main(make_job(lab, score=score)) == 0
+    assert (lab / "out" / "table2.csv").read_bytes() == before
+    job = make_job(lab, score=score, runs=(str(lab / "run"), str(lab / "second")))
+    assert main(job) == 0
+    after = {path: path.stat().st_mtime_ns for path in (lab / "out" / "scores").iterdir()}
+    assert kept.items() <= after.items()
+    assert len(after) == len(kept) + 3
+    seeds = [row["seeds"] for row in summary_of(lab)["rows"]]  # type: ignore[attr-defined]
+    assert seeds == [[], [1, 7], [], [1, 7]]
+
+
+def test_a_damaged_checkpoint_costs_its_own_row_only(
+    lab: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(str(lab / "bad"), seed=9)
+    weights = lab / "bad" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    job = make_job(lab, runs=(str(lab / "run"), str(lab / "bad")))
+    assert main(job) == 1
+    summary = summary_of(lab)
+    assert [row["key"] for row in summary["rows"]] == ["bicubic", "carn"]  # type: ignore[attr-defined]
+    assert "bad" in str(summary["failures"])
+    assert "failed" in capsys.readouterr().out
+
+
+def test_what_cannot_be_scored_is_said_before_anything_starts(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "start_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        main(make_job(lab, runs=(str(lab / "bcsr"),)))
+    with pytest.raises(ValueError, match="name --runs"):
+        main(make_job(lab, runs=()))
+    write_dataset(lab / "none", num_tiles=(4, 2, 0))
+    with pytest.raises(DatasetError, match="no test tiles"):
+        main(make_job(lab, dataset=str(lab / "none")))
+    with pytest.raises(DatasetError, match="for tiles that its filter"):
+        main(make_job(lab, score=ScoreConfig(removed=str(lab / "bcsr"))))
+    with pytest.raises(ValueError, match="both"):
+        ScoreConfig(lpips_alexnet="a.pth")
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(lab: Path) -> None:
+    write_dataset(lab / "bcsr", num_tiles=(4, 2, 60))
+    options = ("--dataset", f"{lab}/bcsr", "--runs", f"{lab}/run", "--device", "cpu")
+    figures = ("--no-timing", "--crops", "0")
+    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *options, *figures]
+
+    def run(output: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, "--output", f"{lab}/{output}"], start_new_session=True)
+
+    assert run("whole").wait() == 0
+    killed = run("killed")
+    scores = lab / "killed" / "scores"
+    while not scores.exists() or len(list(scores.glob("*.parquet"))) < 3:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (lab / "killed" / "table2.csv").exists()
+    assert run("killed").wait() == 0
+    for name in ("table2.csv", "significance.csv"):
+        assert (lab / "killed" / name).read_bytes() == (lab / "whole" / name).read_bytes()
