@@ -19,7 +19,7 @@ $(STAMP): requirements.txt requirements-dev.txt requirements.lock pyproject.toml
 	  --config-settings editable_mode=compat --editable .
 	touch $@
 
-demo: $(STAMP)  ## make slides from real tissue, build bcSR, train a small network, super-resolve a slide
+demo: $(STAMP)  ## make slides from real tissue, build bcSR, train, evaluate, super-resolve a slide, sweep two settings
 	$(BIN)/python -m carn.demo demo
 	$(BIN)/python jobs/build_bcsr.py --slides demo/slides --coordinates demo/tumor.txt demo/normal.txt \
 	  --output demo/bcsr --tile-px 512 --keep 180 --num-test 30 --num-validation 15
@@ -28,11 +28,15 @@ demo: $(STAMP)  ## make slides from real tissue, build bcSR, train a small netwo
 	  --warmup-steps 20 --ema-decay 0.95 --precision bf16 --validate-every 200
 	$(BIN)/python jobs/super_resolve.py --slides demo/slides/Demo_006.tif --input-mpp 0.5 \
 	  --checkpoint demo/carn-x2 --output demo/sr
+	$(BIN)/python jobs/evaluate.py --dataset demo/bcsr --runs demo/carn-x2 --output demo/evaluation \
+	  --max-tiles 12 --crops 3 --timing-seconds 3
+	$(BIN)/python jobs/tune.py --space tune_spaces/smoke.yaml --dataset demo/bcsr --output demo/sweep
 	@echo
-	@echo "Next: open demo/bcsr/report.html, demo/carn-x2/report.html and the run's report in a browser, demo/sr/Demo_006.tif"
-	@echo "in QuPath; then use slides of your own:"
+	@echo "Next: open demo/*/report.html and the report below demo/sr/runs in a browser, demo/sr/Demo_006.tif in QuPath;"
+	@echo "then use slides of your own:"
 	@echo "  $(BIN)/python jobs/build_bcsr.py --slides SLIDES --output DATASET --per-class None"
 	@echo "  $(BIN)/python jobs/train.py --dataset DATASET --output RUN --scale 2"
+	@echo "  $(BIN)/python jobs/evaluate.py --dataset DATASET --runs RUN --output EVALUATION"
 	@echo "  $(BIN)/python jobs/super_resolve.py --slides SLIDES --checkpoint RUN --output SR"
 
 test: $(STAMP)  ## the tests, without the slow ones
