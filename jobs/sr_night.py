@@ -126,6 +126,8 @@ class Night:
         self.num_lr_px = 0
         self.working_seconds = 0.0
         self.made: list[tuple[float, int]] = []
+        # When the first block was begun, in seconds since the epoch, by the clock of who did.
+        self.first_began: float | None = None
         self.begun: set[str] = set()
         self.num_shown = 0
         self.crew: Crew | None = None
@@ -447,7 +449,9 @@ class Night:
             return
         left = wave.left[slide]
         left.discard(block)
-        wave.begun.setdefault(plan.task.name, time.monotonic() - facts.get("infer_s", 0.0))
+        began = facts.get("began", time.time())
+        self.first_began = min(self.first_began or began, began)
+        wave.begun.setdefault(plan.task.name, time.monotonic() - max(0.0, time.time() - began))
         for stage in STAGES:
             self.stages[stage] += facts.get(stage, 0.0)
         self.num_lr_px += facts["num_lr_px"]

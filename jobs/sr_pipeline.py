@@ -255,6 +255,8 @@ class Upscaler:
                 self._board.end.remote(slide, block)
                 made["facts"] = _not_begun(turn)
                 return made, None
+            # Rows come back in batches: when they do says little of when a block was made.
+            known["began"] = time.time()
             pixels = row.get("pixels")
             read = None if pixels is None else LrBlock.from_bytes(pixels)
             pending, facts = self._maker.begin_block(plan, block, read)
@@ -370,7 +372,8 @@ def run_blocks(
         # Ray Data calls actors in a thread that is not their first.
         runtime_env={"env_vars": dict(KEEPING_ENVIRONMENT)},
     )
-    tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    # Without looking ahead: a row would be held back until the next one is there.
+    tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     for table in tables:
         for row in table.to_pylist():
             yield row["slide"], row["block"], json.loads(row["facts"])
