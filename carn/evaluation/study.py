@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from carn import storage
+from carn.bcsr.build import group_of
 from carn.bcsr.dataset import BcsrDataset, group_tiles
 from carn.errors import CheckpointError, MissingObjectError
 from carn.evaluation.crops import CropStrip, crop_strip
@@ -231,10 +232,14 @@ def stretches(num_tiles: int, *, max_tiles: int | None) -> list[Stretch]:
 def read_tiles(dataset: BcsrDataset, split: str, tiles: Sequence[int]) -> Iterator[tuple[Row, Rgb]]:
     """Some tiles of a split by their numbers, ascending, each with its row.
 
+    Where the dataset was split by a pattern of slide names, `slide` is what that finds: pictures
+    of one patient are not independent, whatever their files are called.
+
     Raises:
         DatasetError: a shard or a tile is damaged.
     """
     rows = dataset.table(split)
+    select = dataset.manifest.get("config", {}).get("select", {})
     wanted = set(tiles)
     for group in dataset.groups(split):
         numbers = [n for n in range(group.first, group.first + group.count) if n in wanted]
@@ -243,6 +248,7 @@ def read_tiles(dataset: BcsrDataset, split: str, tiles: Sequence[int]) -> Iterat
         pixels = group_tiles(group)
         for number in numbers:
             (row,) = rows.slice(number, 1).to_pylist()
+            row["slide"] = group_of(row["slide"], select.get("group_regex"))
             yield row, pixels[number - group.first]
 
 

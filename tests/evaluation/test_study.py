@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_tiles_are_read_by_their_numbers(tmp_path: Path) -> None:
     assert [name for name, _ in some] == [whole[n][0] for n in (0, 4, 10)]
     for (_, one), n in zip(some, (0, 4, 10), strict=True):
         np.testing.assert_array_equal(one, whole[n][1])
+
+
+def test_slides_of_one_patient_are_one(tmp_path: Path) -> None:
+    dataset = open_dataset(write_dataset(tmp_path / "bcsr", num_tiles=(4, 2, 3)))
+    select = {"group_regex": "te"}
+    patients = replace(dataset, manifest=dataset.manifest | {"config": {"select": select}})
+    assert {row["slide"] for row, _ in read_tiles(dataset, "test", [0, 2])} == {"test0"}
+    assert {row["slide"] for row, _ in read_tiles(patients, "test", [0, 2])} == {"te"}
 
 
 def test_scores_are_kept_by_what_decides_them(tmp_path: Path) -> None:
