@@ -25,6 +25,7 @@ from carn.training.config import (
 from carn.training.engine import EngineConfig
 from carn.training.loop import train
 from jobs import train as job_module
+from jobs import train_worker
 from jobs.ray_stage import ClusterError
 from jobs.train import TrainJob, WorkersConfig, cli, parse, scaling_config
 from tests.jobs.train_lab import TINY, metrics_rows, weights_distance, weights_hash, write_dataset
@@ -182,7 +183,7 @@ def test_what_a_worker_gave_up_for_is_what_the_job_says(
             # Through another process and back, as it is.
             ray.get(self._monitor.give_up.remote(error))
 
-    monkeypatch.setattr(job_module, "TorchTrainer", Trainer)
+    monkeypatch.setattr(train_worker, "TorchTrainer", Trainer)
     assert run_cli(*_arguments(dataset, tmp_path)) == status
     assert _line(capsys.readouterr().err) == f"train: {error}"
 
