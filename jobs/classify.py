@@ -11,14 +11,12 @@ Examples:
   python jobs/classify.py --dataset bcsr/ --depth 18 --epochs 3 --max-crops 2000 --output quick/
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,17 +42,15 @@ from carn.errors import (
     CacheError,
     CarnError,
     MissingObjectError,
-    RunError,
     StorageError,
 )
 from carn.training.engine import KEEPING_ENVIRONMENT
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.train_worker import Monitor, NodeAddressTorchConfig
+from jobs.trainer import cause_of, fit_showing
 
 logger = logging.getLogger("classify")
 
-# Seconds between two looks at what the workers say.
-POLL_S = 0.5
 # A worker may wait so long for another that decodes a dataset, or makes the pages' pictures.
 COLLECTIVE_TIMEOUT_S = 6 * 3600
 
@@ -191,9 +187,9 @@ def run_on_ray(job: ClassifyJob, plan: Plan) -> int:
         ),
     )
     try:
-        _fit(trainer, monitor)
+        fit_showing(trainer, monitor, lambda event: logger.info("%s", describe(event)))
     except Exception as error:  # Ray wraps what a worker raised in errors of its own
-        raise _cause(monitor, error) from error
+        raise cause_of(monitor, error) from error
     finally:
         shutil.rmtree(own_files, ignore_errors=True)
     fatal: Exception | None = ray.get(monitor.fatal.remote())
@@ -283,30 +279,6 @@ def run_worker(settings: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------- driver
 
 
-def _fit(trainer: TorchTrainer, monitor: Any) -> None:
-    """Run the trainer, showing what the monitor hears.
-
-    In a thread of its own: in the main one Ray would take Ctrl-C for itself.
-    """
-    errors: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
-        with contextlib.suppress(ray.exceptions.RayError):
-            for event in ray.get(monitor.drain.remote()):
-                logger.info("%s", describe(event))
-    if errors:
-        raise errors[0]
-
-
 def describe(event: dict[str, Any]) -> str:
     """An event of the study as a line of the log."""
     if event["kind"] == "tested":
@@ -318,15 +290,6 @@ def describe(event: dict[str, Any]) -> str:
         + ("" if accuracy is None else f", validation accuracy {100 * accuracy:.2f} %")
         + f", {event['seconds']:.1f} s"
     )
-
-
-def _cause(monitor: Any, error: Exception) -> Exception:
-    with contextlib.suppress(ray.exceptions.RayError):
-        fatal: Exception | None = ray.get(monitor.fatal.remote())
-        if fatal is not None:
-            return fatal
-    lines = str(error).strip().splitlines()
-    return RunError(lines[-1] if lines else type(error).__name__)
 
 
 def _place(uri: str) -> str:

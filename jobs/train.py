@@ -13,14 +13,12 @@ Examples:
 """
 
 import argparse
-import contextlib
 import dataclasses
 import logging
 import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +32,10 @@ import ray.train
 import tyro
 import yaml
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from carn import storage
 from carn.bcsr.dataset import BcsrDataset, open_dataset
-from carn.errors import CarnError, DatasetError, DivergedError, RunError
+from carn.errors import CarnError, DatasetError, DivergedError
 from carn.models.table import MODELS
 from carn.report.train_summary import write_report
 from carn.training.config import NetworkConfig, TrainConfig, resolve
@@ -52,11 +49,9 @@ from carn.training.run_folder import RunFolder
 from carn.training.tiles import dataset_digest
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.train_worker import Monitor, WorkerTask, make_trainer
+from jobs.trainer import cause_of, fatal_of, fit_showing
 
 logger = logging.getLogger("train")
-
-# Seconds between two looks at what the workers say.
-POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,13 +209,13 @@ def run_on_ray(job: TrainJob, config: TrainConfig, output: str) -> None:
     )
     progress = ProgressView()
     try:
-        _fit(trainer, monitor, progress)
-    except Exception as error:  # Ray wraps what a worker raised in errors of its own
-        raise _cause(monitor, error) from error
+        fit_showing(trainer, monitor, progress)
+    except Exception as error:
+        raise cause_of(monitor, error) from error
     finally:
         progress.close()
         shutil.rmtree(own_files, ignore_errors=True)
-    if (fatal := _fatal(monitor)) is not None:
+    if (fatal := fatal_of(monitor)) is not None:
         raise fatal
 
 
@@ -286,44 +281,6 @@ def _even_share(
         if _num_fitting(nodes, cpus, use_gpu=use_gpu, spare=spare) >= num_workers:
             return cpus
     return 1
-
-
-def _fit(trainer: TorchTrainer, monitor: Any, progress: ProgressView) -> None:
-    """Run the trainer, showing what the monitor hears.
-
-    In a thread of its own: in the main one Ray would take Ctrl-C for itself, and end with another
-    exit status and no word of how to go on.
-    """
-    errors: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
-        with contextlib.suppress(ray.exceptions.RayError):
-            for event in ray.get(monitor.drain.remote()):
-                progress(event)
-    if errors:
-        raise errors[0]
-
-
-def _fatal(monitor: Any) -> Exception | None:
-    error: Exception | None = ray.get(monitor.fatal.remote())
-    return error
-
-
-def _cause(monitor: Any, error: Exception) -> Exception:
-    with contextlib.suppress(ray.exceptions.RayError):
-        if (fatal := _fatal(monitor)) is not None:
-            return fatal
-    lines = str(error).strip().splitlines()
-    return RunError(lines[-1] if lines else type(error).__name__)
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainJob:

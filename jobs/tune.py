@@ -21,7 +21,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,6 +47,7 @@ from carn.tuning.space import Point, Space, read_space
 from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.train import check_dataset
+from jobs.trainer import call_in_thread
 from jobs.tune_trials import (
     METRIC,
     Setup,
@@ -64,8 +64,6 @@ logger = logging.getLogger("tune")
 
 # Memory that the process beside each trial's workers is counted with, bytes; it computes nothing.
 TRIAL_MEMORY = 500e6
-# Seconds between two looks whether the sweep has ended.
-POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,7 +410,7 @@ class Sweep:
             ),
         )
         try:
-            results = _in_thread(tuner.fit)
+            results = call_in_thread(tuner.fit)
         finally:
             shutil.rmtree(own_files, ignore_errors=True)
         for result in results:
@@ -423,26 +421,6 @@ class Sweep:
                 if outcome.state in ("new", "begun"):
                     reason = failure_text(result.error)
                     self.folder.note_failure(trial, reason, is_lasting=False)
-
-
-def _in_thread(call: Any) -> Any:
-    """What a call returns. In the main thread Tune would take Ctrl-C for itself, without a word."""
-    found: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            found.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="tune")
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
-    if errors:
-        raise errors[0]
-    return found[0]
 
 
 def _model(space: Space) -> Any:
