@@ -1,7 +1,7 @@
 """An evaluation in parts that any process can do, and that need no doing again: who is scored, on
 which tiles, and what is kept of it.
 
-    scores/<digest>-<first>.parquet    one entrant on one stretch of tiles
+    scores/<digest>-<tiles>.parquet    one entrant on one stretch of tiles
     timings/<digest>.json              one entrant on one machine
     crops/<digest>-<number>.json       one crop of all entrants of a scale
     scores.parquet, table2.csv, significance.csv, timings.csv, summary.json, report.html
@@ -112,7 +112,7 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """Tiles that are scored together: `count` of those of a split from `first`, by stride."""
+    """Tiles that are scored together, by their numbers in the split, ascending."""
 
     tiles: tuple[int, ...]
 
