@@ -43,3 +43,13 @@ def content_of(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def own_lines(said: str) -> list[str]:
+    """The lines that are the job's own, beside what Ray passes on of its workers and daemons.
+
+    One Ray serves all tests of a process, so what it passes on may be another test's.
+    """
+    return [
+        line for line in said.splitlines() if line and " pid=" not in line and "(raylet" not in line
+    ]

@@ -28,6 +28,7 @@ from jobs import train as job_module
 from jobs import train_worker
 from jobs.ray_stage import ClusterError
 from jobs.train import TrainJob, WorkersConfig, cli, parse, scaling_config
+from tests.jobs.lab import own_lines
 from tests.jobs.train_lab import TINY, metrics_rows, weights_distance, weights_hash, write_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
@@ -232,7 +233,7 @@ def test_a_stream_does_not_go_on_without_a_part_of_it(
     shard.write_bytes(content)
     windowed = ("--order", "windowed", "--samples-per-tile", "2", "--data", "stream")
     assert run_cli(*_arguments(uri, tmp_path / "run", *windowed, "--num-workers", "1")) == 2
-    last = capfd.readouterr().err.strip().splitlines()[-1]
+    last = own_lines(capfd.readouterr().err)[-1]
     assert last.startswith("train: ")
     assert "is damaged" in last
     assert shard.name in last
@@ -253,7 +254,7 @@ def test_a_cache_that_is_too_small_is_said_with_a_way_out(
 
     monkeypatch.setattr(job_module, "run_on_ray", small)
     assert run_cli(*_arguments(dataset, tmp_path / "run")) == 2
-    last = capfd.readouterr().err.strip().splitlines()[-1]
+    last = own_lines(capfd.readouterr().err)[-1]
     assert "CARN_CACHE_GB" in last
     assert "--data stream --order windowed" in last
 
@@ -298,7 +299,7 @@ def test_a_file_of_other_things(
 
 def _line(said: str) -> str:
     """The one line on stderr that is the job's, beside what Ray passes on of its workers."""
-    own = [line for line in said.splitlines() if line and " pid=" not in line]
+    own = own_lines(said)
     (line,) = [line for line in own if line.startswith("train: ")]
     assert own[-1] == line
     assert "Traceback" not in "".join(own)
