@@ -37,14 +37,16 @@ from ray import tune
 from carn import storage
 from carn.bcsr.dataset import open_dataset
 from carn.errors import CarnError, DatasetError
+from carn.log_lines import start_logging
 from carn.report.page import plural
 from carn.report.sweep_summary import write_sweep
 from carn.training.config import TrainConfig
 from carn.training.engine import EngineConfig
+from carn.training.loop import check_group
 from carn.training.recipes import Recipe, flat, recipe
 from carn.training.tiles import dataset_digest
-from carn.tuning.space import Point, Space, read_space
-from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial
+from carn.tuning.space import Point, Space, label_of, read_space
+from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial, steps_of
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.train import check_dataset
 from jobs.trainer import call_in_thread
@@ -52,7 +54,6 @@ from jobs.tune_trials import (
     METRIC,
     Setup,
     Watch,
-    engine_of_trials,
     failure_text,
     finished_suggestions,
     make_search,
@@ -83,7 +84,9 @@ class SearchConfig:
     """Seeds that each point is trained with; None for those of the space. The paper's are 1, 7,
     11, 18 and 1011."""
     scheduler: Literal["none", "asha"] = "none"
-    """`asha`: end runs early that are worse than most others were at the same step."""
+    """`asha`: end runs early that are worse than most others were at the same step; a sweep that
+    is continued compares with the runs of that day only. Without it, runs that were ended early
+    are trained to their end."""
     grace_steps: int | None = None
     """With `asha`: no run ends before; None for two validations."""
     reduction_factor: int = 3
@@ -113,7 +116,8 @@ class TrialsConfig:
     gpus_per_worker: float | None = None
     """GPUs of a worker, such as 0.25 for four trials on each; None for one where there are any."""
     max_failures: int = 3
-    """Times that a trial whose processes died is begun again, from its last checkpoint."""
+    """Times that lost workers of a trial are replaced, from its last checkpoint; and that a trial
+    whose own process is lost is begun again."""
 
     def __post_init__(self) -> None:
         for name in ("max_concurrent", "workers_per_trial"):
@@ -163,12 +167,14 @@ class TuneJob:
 
 def main(job: TuneJob) -> int:
     """Search; returns the process's exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_logging()
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     space = read_space(job.space)
-    check_job(job, space)
+    configs = check_job(job, space)
     dataset = open_dataset(job.dataset)
-    check_dataset(dataset, job.train)
+    # Patches may be searched, and are to fit the tiles.
+    for config in {(c.patches, c.network.scale): c for c in configs}.values():
+        check_dataset(dataset, config)
     if not dataset.num_tiles("validation"):
         raise DatasetError(
             f"{dataset.uri} has no validation tiles to judge trials by; build it with "
@@ -193,11 +199,16 @@ def main(job: TuneJob) -> int:
     if is_stopped:
         print("tune: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    return 1 if any(outcome.state in ("failed", "begun", "new") for outcome in outcomes) else 0
+    is_whole = all(outcome.state in ("done", "stopped") for outcome in outcomes)
+    return 0 if is_whole and not sweep.num_lost else 1
 
 
-def check_job(job: TuneJob, space: Space) -> None:
+def check_job(job: TuneJob, space: Space) -> list[TrainConfig]:
     """Find out before anything is started whether the sweep can be made.
+
+    Returns:
+        The settings of the points that will be tried; where these cannot be known, of some like
+        them.
 
     Raises:
         ValueError: a point of the space is impossible, or options do not go together.
@@ -210,11 +221,20 @@ def check_job(job: TuneJob, space: Space) -> None:
     for name in space.columns:
         if given.get(name) != start.get(name):
             raise ValueError(f"{name} is what the space {space.name} searches: leave it out")
-    space.check(job.train)
+    if job.recipe == "own" and "model" in space.columns:
+        raise ValueError(
+            "--recipe own differs from network to network: search one network's settings at a time"
+        )
+    points: list[Point] | None = None
     if search.strategy == "grid":
-        grid_of(space, search)
+        points = grid_of(space, search)
     elif search.only:
         raise ValueError(f"--only is for a grid, not for --strategy {search.strategy}")
+    elif search.strategy == "random":
+        points = space.draw(search.num_samples, seed=search.search_seed)
+    configs = space.check(job.train, points=points)
+    for config in configs:
+        check_group(config, job.engine, num_workers=job.trials.workers_per_trial)
     seeds = search.seeds or space.seeds
     if search.scheduler == "asha" and len(seeds) > 1:
         raise ValueError(
@@ -223,6 +243,9 @@ def check_job(job: TuneJob, space: Space) -> None:
         )
     if search.scheduler == "asha" and "scale" in space.columns:
         raise ValueError("--scheduler asha would compare scales with each other: leave it out")
+    if search.scheduler == "asha" and "steps" in space.columns:
+        raise ValueError("--scheduler asha would compare budgets with each other: leave it out")
+    return configs
 
 
 def grid_of(space: Space, search: SearchConfig) -> list[Point]:
@@ -261,14 +284,20 @@ class Sweep:
         self.dataset = dataset
         self.seeds = job.search.seeds or space.seeds
         self.machine = platform.processor() or platform.machine()
+        # Suggestions that failed before their trial could be noted.
+        self.num_lost = 0
 
     def outcomes(self) -> list[Outcome]:
         """What every trial that was asked for, or begun, has come to."""
-        steps = self.job.train.steps
         known = {trial.name: trial for trial in self.folder.trials()}
         listed = {trial.name: trial for trial in self._listed()}
+        for trial in known.values():
+            # A point that was suggested wants all of its seeds, and may have begun one of them.
+            for seed in self.seeds if trial.suggestion is not None else ():
+                other = make_trial(trial.point, seed=seed, suggestion=trial.suggestion)
+                listed.setdefault(other.name, other)
         # What a trial was suggested as is in its own note.
-        return self.folder.outcomes(list((listed | known).values()), steps=steps)
+        return self.folder.outcomes(list((listed | known).values()), base=self.job.train)
 
     def _listed(self) -> list[Trial]:
         """Trials that are known beforehand."""
@@ -286,10 +315,10 @@ class Sweep:
     def run(self) -> None:
         """Train what is not trained yet."""
         outcomes = self.outcomes()
-        for outcome in outcomes:
-            if outcome.state == "failed" and not outcome.is_lasting:
-                self.folder.forget_failure(outcome.trial)
-        is_open = [o for o in outcomes if o.state in ("new", "begun") or self._is_tried_again(o)]
+        again = [outcome for outcome in outcomes if self._is_tried_again(outcome)]
+        for outcome in again:
+            self.folder.reopen(outcome.trial)
+        is_open = [o for o in outcomes if o.state in ("new", "begun")] + again
         done = len(outcomes) - len(is_open)
         left = 0
         if self.job.search.strategy == "optuna":
@@ -326,6 +355,8 @@ class Sweep:
             self._fit(setup, space={}, count=left, at_once=at_once, search=search)
 
     def _is_tried_again(self, outcome: Outcome) -> bool:
+        if outcome.state == "stopped":  # by a scheduler, which is no longer wanted
+            return self.job.search.scheduler == "none"
         return outcome.state == "failed" and not outcome.is_lasting
 
     def _setup(self) -> tuple[Setup, int]:
@@ -340,6 +371,11 @@ class Sweep:
         if (trials.gpus_per_worker or self.job.engine.device == "cuda") and not gpus:
             raise ClusterError("GPUs were asked for, and the cluster has none; use --device cpu")
         by_gpu = most_cpus / most_gpus * gpus if gpus else 2.0
+        if 0 < gpus < 1 < trials.workers_per_trial:
+            raise ClusterError(
+                "workers of one trial cannot share a GPU: NCCL refuses it; take --gpus-per-worker "
+                "1, or --workers-per-trial 1"
+            )
         cpus = trials.cpus_per_worker or max(1.0, float(int(min(4.0, by_gpu, most_cpus))))
         fitting = sum(
             int(min(node.get("CPU", 0.0) / cpus, node.get("GPU", 0.0) / gpus if gpus else 1e9))
@@ -360,7 +396,7 @@ class Sweep:
             base=self.job.train,
             output=self.folder.uri,
             seeds=self.seeds,
-            engine=engine_of_trials(self.job.engine, self.job.train),
+            engine=self.job.engine,
             dataset=self.dataset,
             num_workers=trials.workers_per_trial,
             cpus_per_worker=cpus,
@@ -416,11 +452,14 @@ class Sweep:
         for result in results:
             if result.error is None:
                 continue
+            reason = failure_text(result.error)
             for trial in setup.trials_of(result.config or {}):
-                outcome = self.folder.outcome(trial, steps=setup.base.steps)
-                if outcome.state in ("new", "begun"):
-                    reason = failure_text(result.error)
+                outcome = self.folder.outcome(trial, steps=steps_of(trial, setup.base))
+                if outcome.state == "begun" or (outcome.state == "new" and search is None):
                     self.folder.note_failure(trial, reason, is_lasting=False)
+                elif outcome.state == "new":
+                    self.num_lost += 1
+                    logger.error("%s could not be tried: %s", label_of(trial.point), reason)
 
 
 def _model(space: Space) -> Any:

@@ -11,15 +11,16 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.train import ScalingConfig
+from ray.train import ScalingConfig, TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from carn.errors import DivergedError
 from carn.report.page import plural
 from carn.training.config import TrainConfig
 from carn.training.engine import EngineConfig
 from carn.training.run_folder import RunFolder
 from carn.tuning.space import Choices, Interval, Space, label_of
-from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial
+from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial, steps_of
 from jobs.ray_stage import duration
 from jobs.train_worker import Monitor, WorkerTask, make_trainer
 
@@ -71,14 +72,15 @@ class Setup:
 def run_trial(settings: dict[str, Any], *, setup: Setup) -> None:
     """Train what Tune asks for; a suggestion with one seed after another, and report their mean.
 
-    What could not be trained ever is noted and is no error: Tune tries errors again.
+    What could not be trained is noted and is no error: Ray Train has tried it again already, and
+    Tune would so many times more. Tune's own attempts are for trials whose process is lost.
     """
     trials = setup.trials_of(settings)
     found = []
     for trial in trials:
         psnr_db = train_trial(trial, setup=setup, is_heard=len(trials) == 1)
         found.append(FAILED_PSNR_DB if psnr_db is None else psnr_db)
-    tune.report({METRIC: sum(found) / len(found), "step": setup.base.steps})
+    tune.report({METRIC: sum(found) / len(found), "step": steps_of(trials[0], setup.base)})
 
 
 def train_trial(trial: Trial, *, setup: Setup, is_heard: bool) -> float | None:
@@ -105,7 +107,7 @@ def train_trial(trial: Trial, *, setup: Setup, is_heard: bool) -> float | None:
     monitor: Any = ray.remote(Monitor).options(num_cpus=0, max_restarts=3).remote()
     task = WorkerTask(
         config=config,
-        engine=setup.engine,
+        engine=engine_of_trials(setup.engine, config),
         dataset_uri=setup.dataset["uri"],
         output=uri,
         monitor=monitor,
@@ -128,9 +130,9 @@ def train_trial(trial: Trial, *, setup: Setup, is_heard: bool) -> float | None:
     )
     try:
         trainer.fit()
-    except Exception:
+    except TrainingFailedError as error:
         if not _note_fatal(folder, trial, monitor):
-            raise
+            folder.note_failure(trial, failure_text(error), is_lasting=False)
         return None
     finally:
         shutil.rmtree(own_files, ignore_errors=True)
@@ -140,10 +142,14 @@ def train_trial(trial: Trial, *, setup: Setup, is_heard: bool) -> float | None:
 
 
 def _note_fatal(folder: SweepFolder, trial: Trial, monitor: Any) -> bool:
-    """Note what ended a run for good, as its workers told; whether anything did."""
+    """Note what ended a run, as its workers told; whether anything did.
+
+    A run that diverged would do so again. What a machine or its storage lacked (room in the cache,
+    a GPU, a right) somebody may have seen to when the sweep is started the next time.
+    """
     fatal: Exception | None = ray.get(monitor.fatal.remote())
     if fatal is not None:
-        folder.note_failure(trial, str(fatal), is_lasting=True)
+        folder.note_failure(trial, str(fatal), is_lasting=isinstance(fatal, DivergedError))
     return fatal is not None
 
 
@@ -228,12 +234,13 @@ class Watch(tune.Callback):
         result = trial.last_result or {}
         step, psnr_db = int(result.get("step", 0)), result.get(METRIC)
         parts = self._setup.trials_of(trial.config)
-        if step < self._setup.base.steps:
+        is_early = step < steps_of(parts[0], self._setup.base)
+        if is_early:
             for part in parts:
                 self._setup.folder.note_stopped(part, step=step)
         if psnr_db is not None and (self._best is None or psnr_db > self._best[0]):
             self._best = psnr_db, self._name(trial)
-        self._ended(trial, f"stopped early at step {step}" if step < self._setup.base.steps else "")
+        self._ended(trial, f"stopped early at step {step}" if is_early else "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has failed for good."""
@@ -261,13 +268,16 @@ class Watch(tune.Callback):
         return f"{label_of(parts[0].point)}, seed {seeds}"
 
 
-def engine_of_trials(engine: EngineConfig, base: TrainConfig) -> EngineConfig:
-    """The engine of a sweep's runs: a checkpoint at every validation and at no other time.
+def engine_of_trials(engine: EngineConfig, config: TrainConfig) -> EngineConfig:
+    """The engine of a trial's run: a checkpoint at every validation and at no other time.
 
     A scheduler hears of a run when it has written a checkpoint, and wants a score then.
     """
     return dataclasses.replace(
-        engine, overwrite=False, checkpoint_every=base.validation.validate_every, keep_checkpoints=1
+        engine,
+        overwrite=False,
+        checkpoint_every=config.validation.validate_every,
+        keep_checkpoints=1,
     )
 
 

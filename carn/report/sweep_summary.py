@@ -16,13 +16,13 @@ from carn.report.sweep_report import State as PointState
 from carn.training.config import TrainConfig
 from carn.tuning.space import Space, label_of
 from carn.tuning.sweep import (
-    BEST,
     RESULTS,
     TABLE,
     Outcome,
     PointResult,
     SweepFolder,
-    best_of,
+    best_by_scale,
+    best_name,
     best_yaml,
     csv_bytes,
     join_seeds,
@@ -63,15 +63,14 @@ def write_sweep(
         StorageError: they cannot be written.
     """
     results = join_seeds(space, outcomes, base=base)
-    best = best_of(results)
-    names = (TABLE, RESULTS, BEST, "summary.json", "report.html")
-    table_uri, results_uri, best_uri, summary_uri, page_uri = (
-        storage.join(uri, name) for name in names
-    )
+    best = best_by_scale(results)
+    names = (TABLE, RESULTS, "summary.json", "report.html")
+    table_uri, results_uri, summary_uri, page_uri = (storage.join(uri, name) for name in names)
     storage.write_bytes(table_uri, parquet_bytes(trials_table(outcomes, space.columns)))
     storage.write_bytes(results_uri, csv_bytes(results_table(results, space.columns)))
-    if best is not None:
-        storage.write_bytes(best_uri, best_yaml(space, best, base=base).encode())
+    for scale, result in best.items():
+        text = best_yaml(space, result, base=base)
+        storage.write_bytes(storage.join(uri, best_name(scale)), text.encode())
     report = make_report(
         space, outcomes, results, facts=_facts(uri), base=base, seconds=seconds, machine=machine
     )
@@ -86,10 +85,13 @@ def write_sweep(
         "seconds": seconds,
         "machine": machine,
         "trials": counts,
-        "best": None if best is None else {"point": best.point, "psnr_db": best.psnr_db},
+        "best": [
+            {"point": result.point, "psnr_db": result.psnr_db, "file": best_name(scale)}
+            for scale, result in best.items()
+        ],
     }
     storage.write_bytes(summary_uri, (json.dumps(summary, indent=1) + "\n").encode())
-    return _said(counts, best, outcomes, page_uri=page_uri, best_uri=best_uri)
+    return _said(uri, counts, best, outcomes, page_uri=page_uri)
 
 
 def _facts(uri: str) -> dict[str, str]:
@@ -100,23 +102,23 @@ def _facts(uri: str) -> dict[str, str]:
 
 
 def _said(
+    uri: str,
     counts: dict[str, int],
-    best: PointResult | None,
+    best: dict[int | None, PointResult],
     outcomes: Sequence[Outcome],
     *,
     page_uri: str,
-    best_uri: str,
 ) -> str:
     left = counts["begun"] + counts["new"]
     lines = [
         f"{counts['done']} trials done, {counts['stopped']} stopped early, "
         f"{counts['failed']} failed" + (f", {left} left" if left else "")
     ]
-    if best is not None:
-        spread = "" if best.psnr_std is None else f" +- {best.psnr_std:.3f}"
+    for scale, result in best.items():
+        spread = "" if result.psnr_std is None else f" +- {result.psnr_std:.3f}"
         lines += [
-            f"  best     {label_of(best.point)}: {best.psnr_db:.3f}{spread} dB",
-            f"           jobs/train.py --config {best_uri}",
+            f"  best     {label_of(result.point)}: {result.psnr_db:.3f}{spread} dB",
+            f"           jobs/train.py --config {storage.join(uri, best_name(scale))}",
         ]
     lines += [f"  report   {page_uri}"]
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
@@ -137,7 +139,7 @@ def make_report(
     machine: str,
 ) -> SweepReport:
     """The page's content; arguments as `write_sweep`, with what each point came to."""
-    best = best_of(results)
+    best = best_by_scale(results).get(None)
     return SweepReport(
         title=space.title,
         space_name=space.name,
@@ -171,16 +173,20 @@ def make_report(
             for point in space.published
         ),
         curves=_curves(outcomes),
-        notes=_notes(base),
+        notes=_notes(space, base),
     )
 
 
-def _notes(base: TrainConfig) -> tuple[str, ...]:
+def _notes(space: Space, base: TrainConfig) -> tuple[str, ...]:
+    columns = space.columns
+    steps = "as many updates as it says" if "steps" in columns else f"{base.steps:,} updates"
+    batch_size = base.patches.batch_size
+    batch = "" if "batch_size" in columns else f" of {batch_size} patches"
     crop = base.validation.validation_crop_px
     part = "whole tiles" if crop is None else f"the middle {crop} px of each tile"
     return (
-        f"Each trial trains for {base.steps:,} updates of {base.patches.batch_size} patches; the "
-        "paper's train for 300,000. The order of points may change with the budget.",
+        f"Each trial trains for {steps}{batch}; the paper's train for 300,000. The order of points "
+        "may change with the budget.",
         f"Scores are the best validation's, on {part} of the validation split, which no trial "
         f"trains on. {convention()} The winner was chosen by them, so its own score flatters it: "
         "evaluate it on the test split.",

@@ -38,6 +38,9 @@ FigureKind = Literal["ternary", "lines", "parallel"]
 KEYS = (*("title", "question", "settings", "points", "search", "seeds", "figure", "published"),)
 # A grid beyond this is a slip of the pen.
 MAX_POINTS = 10_000
+# Points that are drawn to find out whether a space without a grid holds impossible ones.
+NUM_PROBES = 256
+WEIGHTS = ("alpha", "beta", "gamma")
 # Digits that weights are rounded to: enough to tell points apart, few enough to read.
 WEIGHT_DIGITS = 4
 
@@ -144,14 +147,17 @@ class Space:
                 f"{self.name}: a grid needs values, or the step of a simplex; give these in the "
                 "space, or search it with --strategy random or optuna"
             )
-        choices: list[list[Point]] = [list(self.points)]
-        choices += [_values(axis) for axis in self.axes]
-        if math.prod(map(len, choices)) > MAX_POINTS:
+        if self._num_points > MAX_POINTS:
             raise ValueError(
-                f"{self.name}: a grid of {math.prod(map(len, choices)):,} points is more than "
+                f"{self.name}: a grid of {self._num_points:,} points is more than "
                 f"{MAX_POINTS:,}; take fewer values, or --strategy random or optuna"
             )
+        choices = [list(self.points), *(_values(axis) for axis in self.axes)]
         return [_joined(parts) for parts in itertools.product(*choices)]
+
+    @property
+    def _num_points(self) -> int:
+        return len(self.points) * math.prod(len(_values(axis)) for axis in self.axes)
 
     def draw(self, count: int, *, seed: int) -> list[Point]:
         """Points drawn independently: the same ones for a seed, the first ones for a lower count.
@@ -189,15 +195,15 @@ class Space:
         Raises:
             ValueError: they are impossible; the error names the point.
         """
-        weights = [point.get(name) for name in ("alpha", "beta", "gamma")]
-        numbers = [weight for weight in weights if isinstance(weight, int | float)]
-        if len(numbers) == 3 and abs(sum(numbers) - 1) > 1e-6:
-            raise ValueError(
-                f"{self.name}: {label_of(point)}: alpha + beta + gamma must be 1, as in the paper "
-                "(another sum is another learning rate)"
-            )
         try:
             config = with_values(base, {**point, "seed": seed})
+            weights = [getattr(config.loss, name) for name in WEIGHTS]
+            is_weighted = any(name in point or name in self.settings for name in WEIGHTS)
+            if is_weighted and abs(sum(weights) - 1) > 1e-6:
+                raise ValueError(
+                    f"alpha + beta + gamma must be 1, as in the paper (another sum is another "
+                    f"learning rate), and are {' + '.join(f'{weight:g}' for weight in weights)}"
+                )
             # Parts check themselves; what they must be together is found here. The mean of the
             # tiles changes no shape.
             config.network.model_config((0.5, 0.5, 0.5))
@@ -205,15 +211,28 @@ class Space:
         except ValueError as error:
             raise ValueError(f"{self.name}: {label_of(point) or 'settings'}: {error}") from error
 
-    def check(self, base: TrainConfig) -> None:
+    def check(
+        self, base: TrainConfig, *, points: Sequence[Point] | None = None
+    ) -> list[TrainConfig]:
         """Find impossible points before anything is started.
 
+        Args:
+            base: what all trials share.
+            points: that will be tried; None for all, or where they cannot be counted, the ends of
+                every interval and some within.
+
+        Returns:
+            What was found possible.
+
         Raises:
-            ValueError: naming the first of them.
+            ValueError: naming the first impossible point.
         """
-        probes = self.grid() if self.is_countable else self._extremes()
-        for point in probes:
-            self.config(point, base=base, seed=self.seeds[0])
+        if points is None:
+            if self.is_countable and self._num_points <= MAX_POINTS:
+                points = self.grid()
+            else:
+                points = [*self._extremes(), *self.draw(NUM_PROBES, seed=0)]
+        return [self.config(point, base=base, seed=self.seeds[0]) for point in points]
 
     @property
     def shares(self) -> dict[str, Axis]:
@@ -292,7 +311,9 @@ def parse_space(content: Mapping[str, Any], *, name: str) -> Space:
     """
     if unknown := content.keys() - set(KEYS):
         raise ValueError(f"{name}: {_quoted(unknown)} is no part of a space; there are {KEYS}")
-    search = _mapping(content.get("search", {}), f"{name}: search")
+    search = content.get("search", {})
+    if not isinstance(search, dict):
+        raise ValueError(f"{name}: search must hold what is varied by name, as {{steps: [10, 20]}}")
     points = content.get("points", [{}])
     if not isinstance(points, list) or not points:
         raise ValueError(f"{name}: points must be a list of settings, such as - {{reduction: 8}}")
@@ -305,12 +326,10 @@ def parse_space(content: Mapping[str, Any], *, name: str) -> Space:
         question=str(content.get("question", "")),
         settings=_mapping(content.get("settings", {}), f"{name}: settings"),
         points=parsed,
-        axes=tuple(_axis(key, value, name) for key, value in search.items()),
+        axes=tuple(_axis(str(key), value, name) for key, value in search.items()),
         seeds=_seeds(content.get("seeds", [1]), name),
         figure=_figure(content.get("figure", {}), name),
-        published=tuple(
-            _mapping(point, f"{name}: published") for point in content.get("published", [])
-        ),
+        published=_published(content.get("published", []), name),
     )
     _check_names(space)
     return space
@@ -382,7 +401,10 @@ def _simplex(key: str, value: dict[str, Any], name: str) -> Simplex:
         parts = 1 / step if isinstance(step, int | float) and 0 < step <= 1 else 0.0
         if parts < 1 or abs(parts - round(parts)) > 1e-9 * parts:
             raise ValueError(f"{name}: {key} has step={step}, which must divide 1, as 0.1 does")
-    include = tuple(tuple(map(float, point)) for point in value.get("include", []))
+    given = value.get("include", [])
+    if not isinstance(given, list) or not all(_is_numbers(point) for point in given):
+        raise ValueError(f"{name}: {key} must include points, as [[0.8, 0.1, 0.1]]")
+    include = tuple(tuple(map(float, point)) for point in given)
     for point in include:
         if len(point) != len(names) or min(point) < 0 or abs(sum(point) - 1) > 1e-6:
             raise ValueError(
@@ -412,9 +434,28 @@ def _figure(value: Any, name: str) -> Figure:
     return Figure(**value)
 
 
+def _published(value: Any, name: str) -> tuple[dict[str, Value], ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: published must be a list of settings with their psnr_db")
+    points = tuple(_mapping(point, f"{name}: published") for point in value)
+    for point in points:
+        if not _is_numbers([point.get("psnr_db", 0.0)]):
+            raise ValueError(f"{name}: published psnr_db={point['psnr_db']!r} must be a number")
+    return points
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int | float) and not isinstance(item, bool) for item in value
+    )
+
+
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold settings by name, as {{steps: 1000}}")
+    for name, item in value.items():
+        if isinstance(item, list | dict):
+            raise ValueError(f"{where}: {name} must be one value; what is varied stands in search")
     return {str(name): item for name, item in value.items()}
 
 

@@ -5,7 +5,8 @@
     trials/<name>/...           the training run, as `train.py` keeps it
     trials/<name>/stopped.json  a scheduler has ended it early
     trials/<name>/failure.json  it cannot be trained, and why
-    trials.parquet, results.csv, best.yaml, summary.json, report.html
+    trials.parquet, results.csv, best.yaml (best-x2.yaml, ... where scale is searched),
+    summary.json, report.html
 
 Names of trials follow from what they are, so the same sweep begun again finds those that it has.
 """
@@ -189,9 +190,9 @@ class SweepFolder:
         """A trial cannot be trained; what is not lasting is tried again by the next run."""
         self._write(trial, FAILURE, {"reason": reason, "is_lasting": is_lasting})
 
-    def forget_failure(self, trial: Trial) -> None:
-        """Let a trial that failed be tried again."""
-        storage.delete([storage.join(self.trial_uri(trial), FAILURE)])
+    def reopen(self, trial: Trial) -> None:
+        """Let a trial that failed, or was ended early, go on."""
+        storage.delete([storage.join(self.trial_uri(trial), name) for name in (FAILURE, STOPPED)])
 
     def _write(self, trial: Trial, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1) + "\n"
@@ -247,10 +248,17 @@ class SweepFolder:
             return Outcome(trial=trial, state="stopped", **known)
         return Outcome(trial=trial, state="begun" if TRIAL in names else "new", **known)
 
-    def outcomes(self, trials: Sequence[Trial], *, steps: int) -> list[Outcome]:
+    def outcomes(self, trials: Sequence[Trial], *, base: TrainConfig) -> list[Outcome]:
         """What trials have come to, in their order."""
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            return list(pool.map(lambda trial: self.outcome(trial, steps=steps), trials))
+            return list(
+                pool.map(lambda trial: self.outcome(trial, steps=steps_of(trial, base)), trials)
+            )
+
+
+def steps_of(trial: Trial, base: TrainConfig) -> int:
+    """Updates of a trial's whole run: what all train for, unless just that is searched."""
+    return int(trial.point.get("steps", base.steps))
 
 
 def join_seeds(
@@ -299,6 +307,26 @@ def network_cost(config: TrainConfig) -> tuple[int, int]:
         network.model, scale=network.scale, config=network.model_config((0.5, 0.5, 0.5))
     )
     return count_parameters(model), count_flops(model)
+
+
+def best_by_scale(results: Sequence[PointResult]) -> dict[int | None, PointResult]:
+    """The best point of each scale, in order; under None where scale is not searched.
+
+    An x2 network always has a higher PSNR than an x4 one, which says nothing of their settings.
+    """
+    scales = {result.point.get("scale") for result in results}
+    best = {
+        None if scale is None else int(scale): best_of(
+            [result for result in results if result.point.get("scale") == scale]
+        )
+        for scale in sorted(scales, key=lambda scale: scale or 0)
+    }
+    return {scale: result for scale, result in best.items() if result is not None}
+
+
+def best_name(scale: int | None) -> str:
+    """The file of the best settings, or of those of a scale."""
+    return BEST if scale is None else f"best-x{scale}.yaml"
 
 
 def best_of(results: Sequence[PointResult]) -> PointResult | None:

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from carn.errors import DatasetError, RunError
-from carn.training.config import TrainConfig
-from carn.training.recipes import flat, with_values
-from jobs import tune
-from jobs.tune import main, parse
+from carn.errors import CacheError, DatasetError, DivergedError, RunError
+from carn.tuning.space import read_space
+from carn.tuning.sweep import SweepFolder, make_trial
+from jobs import train, tune
+from jobs.tune import Sweep, main, parse
+from jobs.tune_trials import _note_fatal
 from tests.jobs.lab import ROOT
-from tests.jobs.train_lab import TINY, write_dataset
+from tests.jobs.train_lab import TINY, train_workers, write_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
@@ -75,8 +76,8 @@ def test_a_sweep_of_two_points(lab: Path) -> None:
         (2, "done", 8),
         (8, "done", 8),
     ]
-    best = yaml.safe_load((lab / "out" / "best.yaml").read_text())
-    config = with_values(TrainConfig(), flat(best))
+    best = ("--config", str(lab / "out" / "best.yaml"), "--dataset", str(lab / "bcsr"))
+    config = train.parse(best).train
     winner = max(trials(lab), key=lambda row: row["psnr_db"])
     assert (config.network.reduction, config.steps) == (winner["reduction"], 8)
     assert "Which?" in (lab / "out" / "report.html").read_text()
@@ -105,10 +106,117 @@ def test_what_cannot_be_searched_is_said_before_anything_starts(
     (lab / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"reduction": [2, 3]}}))
     with pytest.raises(ValueError, match="reduction=3 does not divide channels=16"):
         main(parse(arguments(lab)))
+    drawn = {"figure": {"kind": "parallel"}}
+    patches = drawn | {"search": {"patch_px": [32, 128]}}
+    (lab / "space.yaml").write_text(yaml.safe_dump(SPACE | patches))
+    with pytest.raises(ValueError, match="128"):
+        main(parse([x for x in arguments(lab) if x not in ("--patch-px", "32")]))
+    models = drawn | {"search": {"model": ["carn", "edsr"]}}
+    (lab / "space.yaml").write_text(yaml.safe_dump(SPACE | models))
+    with pytest.raises(ValueError, match="--recipe own"):
+        main(parse([*arguments(lab), "--recipe", "own"]))
     (lab / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    with pytest.raises(RunError, match="5 workers cannot share a batch of 4"):
+        main(parse(arguments(lab, "--workers-per-trial", "5")))
+    with pytest.raises(ValueError, match="--order windowed"):
+        main(parse(arguments(lab, "--data", "stream")))
     write_dataset(lab / "bcsr", num_tiles=(8, 0, 1))
     with pytest.raises(DatasetError, match="no validation tiles"):
         main(parse(arguments(lab)))
+
+
+class _Monitor:
+    """As a handle of a run's monitor that knows what ended it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.fatal = self
+        self.remote = lambda: error
+
+
+def test_what_a_machine_lacked_is_tried_again(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get", lambda found: found)
+    job = parse(arguments(lab))
+    folder = SweepFolder(uri=job.output_uri)
+    for reduction, error in (
+        (2, CacheError("/cache", "set CARN_CACHE_GB higher")),
+        (8, DivergedError(3, tile_ids=(), checkpoint=None)),
+    ):
+        trial = make_trial({"reduction": reduction}, seed=1)
+        folder.note_trial(trial)
+        assert _note_fatal(folder, trial, _Monitor(error))
+    sweep = Sweep(job, read_space(job.space), folder, {"uri": "", "digest": ""})
+    assert {o.trial.point["reduction"]: sweep._is_tried_again(o) for o in sweep.outcomes()} == {
+        2: True,
+        8: False,
+    }
+
+
+def test_a_suggested_point_wants_all_of_its_seeds(lab: Path) -> None:
+    job = parse(arguments(lab, "--strategy", "optuna", "--seeds", "1", "7"))
+    folder = SweepFolder(uri=job.output_uri)
+    # Killed in the first seed: the second was not begun.
+    folder.note_trial(make_trial({"reduction": 2}, seed=1, suggestion={"reduction": 2}))
+    sweep = Sweep(job, read_space(job.space), folder, {"uri": "", "digest": ""})
+    found = {(o.trial.seed, o.state): o.trial.suggestion for o in sweep.outcomes()}
+    assert found == {(1, "begun"): {"reduction": 2}, (7, "new"): {"reduction": 2}}
+
+
+@pytest.mark.slow
+def test_hopeless_runs_end_early_and_go_on_when_that_is_wanted(lab: Path) -> None:
+    steps = {"steps": 12, "validate_every": 2, "validation_crop_px": 32}
+    # Rates that learn nothing must lose to one that does.
+    search = {"learning_rate": [1e-3, 1e-9, 1e-10]}
+    space = {**SPACE, "settings": steps, "search": search, "figure": {"kind": "parallel"}}
+    (lab / "space.yaml").write_text(yaml.safe_dump(space))
+    options = [*arguments(lab, "--max-concurrent", "1"), "--reduction", "4"]
+    at = options.index("--learning-rate")
+    del options[at : at + 2]
+    job = [sys.executable, str(ROOT / "jobs" / "tune.py"), *options]
+    early = ("--scheduler", "asha", "--grace-steps", "2", "--reduction-factor", "2")
+    done = subprocess.run([*job, *early], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    states = {row["learning_rate"]: (row["state"], row["step"]) for row in trials(lab)}
+    assert states[1e-3] == ("done", 12)
+    stopped = [rate for rate, (state, _) in states.items() if state == "stopped"]
+    assert stopped, done.stderr
+    assert all(states[rate][1] < 12 for rate in stopped)
+    # The same again, and nothing is left to do; without the scheduler, their ends are.
+    again = subprocess.run([*job, *early], capture_output=True, text=True, check=False)
+    assert "0 trials to do" in again.stderr
+    whole = subprocess.run(job, capture_output=True, text=True, check=False)
+    assert whole.returncode == 0, whole.stderr
+    assert {row["state"] for row in trials(lab)} == {"done"}
+
+
+@pytest.mark.slow
+def test_a_trial_whose_workers_die_is_listed_and_tried_by_the_next_run(lab: Path) -> None:
+    job = command(lab, "--only", "reduction=2", "--max-failures", "1")
+    process = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    killed: set[int] = set()
+    while process.poll() is None:
+        for worker in train_workers([process.pid]):
+            killed.add(worker.pid)
+            worker.kill()
+        time.sleep(0.05)
+    said, log = process.communicate()
+    assert process.returncode == 1, log
+    # Each attempt of Ray Train, and no attempt of Tune's beyond them.
+    assert len(killed) == 2, log
+    assert "0 trials done, 0 stopped early, 1 failed" in said
+    (row,) = trials(lab)
+    assert row["state"] == "failed"
+    assert row["reason"]
+    again = subprocess.run(job, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert [row["state"] for row in trials(lab)] == ["done"]
+
+
+@pytest.mark.slow
+def test_trials_of_two_workers(lab: Path) -> None:
+    more = ("--only", "reduction=2", "--workers-per-trial", "2", "--cpus-per-worker", "1")
+    done = subprocess.run(command(lab, *more), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [row["state"] for row in trials(lab)] == ["done"]
 
 
 @pytest.mark.slow

@@ -117,6 +117,17 @@ def test_suggestions_are_points() -> None:
         ({"search": {"reduction": [8]}, "figure": {"kind": "lines"}}, "needs its x"),
         ({"search": {"reduction": [8]}, "figure": {"kind": "ternary"}}, "simplex of three"),
         ({"search": {"reduction": [8]}, "published": [{"reduction": 8}]}, "psnr_db"),
+        (
+            {"search": {"reduction": [8]}, "published": [{"reduction": 8, "psnr_db": "40,3"}]},
+            "must be a number",
+        ),
+        ({"search": {"reduction": [8]}, "published": None}, "must be a list"),
+        ({"search": {"reduction": [8]}, "settings": {"scale": [2, 4]}}, "must be one value"),
+        ({"search": None}, "search must hold"),
+        (
+            {"search": {"w": {"simplex": ["alpha", "beta"], "include": [0.5, 0.5]}}},
+            "must include points",
+        ),
     ],
 )
 def test_what_is_no_space_says_why(content: dict[str, Any], said: str) -> None:
@@ -130,6 +141,12 @@ def test_what_is_no_space_says_why(content: dict[str, Any], said: str) -> None:
         ({"search": {"reduction": [8, 12]}}, "reduction=12 does not divide channels=64"),
         ({"search": {"scale": [2, 5]}}, "scale=5"),
         ({"points": [{"alpha": 0.5, "beta": 0.2, "gamma": 0.2}]}, "must be 1"),
+        ({"search": {"alpha": [0.8, 0.7]}}, "must be 1"),
+        ({"search": {"reduction": [8]}, "settings": {"gamma": 0.3}}, "must be 1"),
+        (
+            {"search": {"channels": {"low": 16, "high": 64}}, "settings": {"reduction": 16}},
+            "does not divide channels",
+        ),
         ({"search": {"num_blocks": {"low": 0, "high": 4}}}, "num_blocks"),
         ({"search": {"loss": ["combined", "ssim"]}}, "must be one of"),
     ],
@@ -147,6 +164,8 @@ def test_a_grid_wants_values() -> None:
     many = space_of(search={"steps": list(range(1, 200)), "batch_size": list(range(1, 200))})
     with pytest.raises(ValueError, match="more than 10,000"):
         many.grid()
+    # Nor is it gone through to find out whether it can be drawn from.
+    many.check(base_of(many))
 
 
 def test_files_that_hold_no_space_say_so(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from carn.tuning.sweep import (
     Outcome,
     SweepFolder,
     Trial,
+    best_by_scale,
+    best_name,
     best_of,
     best_yaml,
     csv_bytes,
@@ -25,6 +27,7 @@ from carn.tuning.sweep import (
     make_trial,
     parquet_bytes,
     results_table,
+    steps_of,
     trials_table,
 )
 
@@ -71,20 +74,21 @@ def test_trials_and_their_states(tmp_path: Path, space: Space, base: TrainConfig
     folder.begin(space, base=base, dataset=DATASET)
     trials = [make_trial(point, seed=seed) for point in space.grid() for seed in space.seeds]
     assert len({trial.name for trial in trials}) == 4
-    assert [o.state for o in folder.outcomes(trials, steps=10)] == ["new"] * 4
+    assert [o.state for o in folder.outcomes(trials, base=base)] == ["new"] * 4
     pretend(folder, space, base, trials[0], step=10, psnr=31.0)
     pretend(folder, space, base, trials[1], step=5, psnr=30.0)
     pretend(folder, space, base, trials[2], step=5, psnr=29.0)
     folder.note_stopped(trials[2], step=5)
     folder.note_trial(trials[3])
     folder.note_failure(trials[3], "the loss is no number", is_lasting=True)
-    found = folder.outcomes(trials, steps=10)
+    found = folder.outcomes(trials, base=base)
     assert [o.state for o in found] == ["done", "begun", "stopped", "failed"]
     assert [o.psnr_db for o in found] == [31.0, 30.0, 29.0, None]
     assert (found[3].reason, found[3].is_lasting) == ("the loss is no number", True)
     assert {trial.name for trial in folder.trials()} == {trial.name for trial in trials}
-    folder.forget_failure(trials[3])
-    assert folder.outcome(trials[3], steps=10).state == "begun"
+    for trial in trials[2:]:
+        folder.reopen(trial)
+    assert [o.state for o in folder.outcomes(trials[2:], base=base)] == ["begun", "begun"]
 
 
 def test_a_folder_is_one_sweeps(tmp_path: Path, space: Space, base: TrainConfig) -> None:
@@ -121,6 +125,24 @@ def test_seeds_are_one_point(space: Space, base: TrainConfig) -> None:
     # Points whose seeds are all there go first.
     assert best_of([two, four]) is two
     assert best_of([]) is None
+
+
+def test_scales_do_not_compete(base: TrainConfig) -> None:
+    space = parse_space({"search": {"scale": [2, 4], "reduction": [2, 4]}}, name="scales")
+    outcomes = [
+        outcome({"scale": scale, "reduction": reduction}, 1, 40.0 / scale + reduction)
+        for scale in (2, 4)
+        for reduction in (2, 4)
+    ]
+    best = best_by_scale(join_seeds(space, outcomes, base=base))
+    assert {scale: result.point["reduction"] for scale, result in best.items()} == {2: 4, 4: 4}
+    assert [best_name(scale) for scale in best] == ["best-x2.yaml", "best-x4.yaml"]
+    assert best_by_scale([]) == {}
+
+
+def test_a_run_is_whole_by_its_own_steps(base: TrainConfig) -> None:
+    assert steps_of(make_trial({"reduction": 2}, seed=1), base) == base.steps
+    assert steps_of(make_trial({"steps": 7}, seed=1), base) == 7
 
 
 def test_the_best_config_trains(space: Space, base: TrainConfig, tmp_path: Path) -> None:
