@@ -8,6 +8,7 @@ CARN_CACHE_DIR names the folder (default: `carn-slides-<user>` in the temporary 
 CARN_CACHE_GB its bound (default 50).
 """
 
+import errno
 import fcntl
 import math
 import os
@@ -27,6 +28,15 @@ def cache_dir() -> Path:
     """The cache's folder on this node."""
     chosen = os.environ.get("CARN_CACHE_DIR")
     return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"carn-slides-{os.getuid()}"
+
+
+def _make_cache_dir() -> Path:
+    root = cache_dir()
+    root.mkdir(parents=True, exist_ok=True, mode=0o777 if "CARN_CACHE_DIR" in os.environ else 0o700)
+    # Anybody may have made a folder of this name in the temporary folder, and put slides into it.
+    if "CARN_CACHE_DIR" not in os.environ and root.lstat().st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "it belongs to another user")
+    return root
 
 
 def cache_bytes() -> int:
@@ -65,7 +75,7 @@ def hold(
     root = cache_dir()
     folder = root / key
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        _make_cache_dir()
         pin = _lock_file(root, key).open("ab")
     except OSError as error:
         raise CacheError(

@@ -10,13 +10,16 @@ import functools
 import hashlib
 import os
 import random
+import re
+import stat as file_stat
 import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 from urllib.parse import unquote, urlparse
@@ -45,6 +48,9 @@ CREATE_ATTEMPTS = 10
 # Ends the hidden name of a file that is being written.
 UNFINISHED_SUFFIX = ".carn-part"
 
+# What no name may hold: it would end a line of a log, steer a terminal, or end the name.
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
 Range = tuple[int, int]
 
 
@@ -56,11 +62,13 @@ class ObjectStat:
         uri: its name.
         size: bytes.
         etag: the object store's content tag; None for local files.
+        modified: when it was written, in UTC, as `list_objects` finds it; None elsewhere.
     """
 
     uri: str
     size: int
     etag: str | None
+    modified: datetime | None = field(default=None, compare=False)
 
 
 @runtime_checkable
@@ -90,9 +98,11 @@ def normalize(uri: str | Path) -> str:
 
     Raises:
         UriError: another scheme than file or s3, an S3 name without a bucket, or one that went
-            through a Path and lost a slash.
+            through a Path and lost a slash, or one with control characters in it.
     """
     uri = str(uri)
+    if CONTROL.search(uri):
+        raise UriError(f"{uri!r} holds control characters, such as line breaks; rename it")
     if is_s3(uri):
         if not split_s3(uri)[0]:
             raise UriError(f"{uri!r} names no bucket; write s3://bucket/prefix")
@@ -100,7 +110,7 @@ def normalize(uri: str | Path) -> str:
     if uri.startswith("s3:"):
         raise UriError(f"{uri!r} has lost a slash; write s3://bucket/prefix, as text, no Path")
     if uri.startswith("file://"):
-        return unquote(urlparse(uri).path)
+        return normalize(unquote(urlparse(uri).path) or "/")
     if "://" in uri:
         scheme = uri.split("://", maxsplit=1)[0]
         raise UriError(f"{uri!r}: storage {scheme!r} is not supported; use a path or s3://")
@@ -110,6 +120,11 @@ def normalize(uri: str | Path) -> str:
 def join(uri: str, *parts: str) -> str:
     """The name of something below `uri`."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_below(path: object) -> bool:
+    """Whether this is a path that, put below a folder, stays there, and that has one spelling."""
+    return isinstance(path, str) and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def name_of(uri: str) -> str:
@@ -142,7 +157,11 @@ def stat(uri: str) -> ObjectStat:
         path = Path(uri)
         if path.is_dir():
             raise StorageError(uri, "is a directory; name a file in it")
-        return ObjectStat(uri=uri, size=path.stat().st_size, etag=None)
+        found = path.stat()
+        # Opening a pipe waits for ever, and a device may have no end.
+        if not file_stat.S_ISREG(found.st_mode):
+            raise StorageError(uri, "is a pipe, socket or device; name a file")
+        return ObjectStat(uri=uri, size=found.st_size, etag=None)
 
 
 def is_file(uri: str) -> bool:
@@ -178,13 +197,13 @@ def identity_of(found: ObjectStat) -> str:
     return f"sha256-ends:{digest.hexdigest()[:32]}:{found.size}"
 
 
-def content_hash(uri: str) -> str:
+def content_hash(uri: str, *, max_bytes: int | None = None) -> str:
     """SHA-256 over the whole content, for files small enough to be read for it.
 
     Raises:
         MissingObjectError, AccessDeniedError, StorageError: as `stat`.
     """
-    return f"sha256:{hashlib.sha256(read_bytes(uri)).hexdigest()}"
+    return f"sha256:{hashlib.sha256(read_bytes(uri, max_bytes=max_bytes)).hexdigest()}"
 
 
 def list_objects(uri: str) -> list[ObjectStat]:
@@ -212,9 +231,17 @@ def list_objects(uri: str) -> list[ObjectStat]:
             ]
             for name in files:
                 path = Path(folder, name)
-                if not name.startswith(".") and path.exists():  # a dangling link is no file
-                    stats.append(ObjectStat(uri=str(path), size=path.stat().st_size, etag=None))
+                # Neither a dangling link, nor a pipe, on which a reader would wait, is a file.
+                if not name.startswith(".") and path.is_file():
+                    with suppress(FileNotFoundError):  # removed while we look
+                        stats.append(_local_stat(path))
     return sorted(stats, key=lambda item: item.uri)
+
+
+def _local_stat(path: Path) -> ObjectStat:
+    known = path.stat()
+    modified = datetime.fromtimestamp(known.st_mtime, UTC)
+    return ObjectStat(uri=str(path), size=known.st_size, etag=None, modified=modified)
 
 
 def list_prefix(uri: str) -> list[ObjectStat]:
@@ -247,6 +274,7 @@ def _list_s3(uri: str) -> list[ObjectStat]:
                 uri=f"s3://{bucket}/{item['Key']}",
                 size=item["Size"],
                 etag=item["ETag"].strip('"'),
+                modified=item["LastModified"].astimezone(UTC),
             )
             for page in pages.paginate(Bucket=bucket, Prefix=prefix)
             for item in page.get("Contents", [])
@@ -259,12 +287,18 @@ def _leads_back(folder: Path) -> bool:
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     """The whole content.
 
+    Args:
+        uri: the file or object.
+        max_bytes: more is refused before it is read; None for what this project wrote itself.
+
     Raises:
-        MissingObjectError, AccessDeniedError, StorageError: as `stat`.
+        MissingObjectError, AccessDeniedError, StorageError: as `stat`; or it is larger.
     """
+    if max_bytes is not None and (size := stat(uri).size) > max_bytes:
+        raise StorageError(uri, f"has {size} bytes; at most {max_bytes} are read of its kind")
     if is_s3(uri):
         bucket, key = split_object(uri)
         with s3_errors(uri):

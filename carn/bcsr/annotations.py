@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree.ElementTree import ParseError
 from zlib import crc32
 
 import numpy as np
@@ -19,12 +19,25 @@ from numpy.typing import NDArray
 from carn import storage
 from carn.bcsr.coordinates import POSITION_SCHEMA
 from carn.errors import CoordinateError
+from carn.plain_xml import DoctypeError, parse_xml
+from carn.slides.slide import MAX_EXTENT_PX
 from carn.slides.tissue import TissueMask
 
 # What the two challenges call their groups: _0, _1, _2, Tumor and Exclusion in CAMELYON16,
 # metastases and normal in CAMELYON17 (https://camelyon17.grand-challenge.org/Data/, README files).
 TUMOR_GROUPS = ("_0", "_1", "Tumor", "metastases")
 EXCLUDED_GROUPS = ("_2", "Exclusion", "normal")
+
+# Of an annotation. CAMELYON's largest has some MB; as XML in memory it takes twenty times as much.
+MAX_ANNOTATION_BYTES = 64 * 1024 * 1024
+# Places where outlines meet, beside the corners of each. Making valid and uniting take time and
+# memory for each of them, and a drawing of 10,000 strokes to and fro has 50 million. Drawn by hand
+# they are a few hundred; the share is for outlines that follow one another.
+MAX_MEETINGS, MAX_MEETINGS_PER_VERTEX = 200_000, 16
+# Pairs of an edge and an edge near it that are looked at at once: 8 MB.
+_PAIRS_AT_ONCE = 1 << 19
+# Coordinates beyond this are of no slide; their squares would leave a float's precision.
+_MAX_COORDINATE = 10.0 * MAX_EXTENT_PX
 
 # Kinds of ASAP annotation that enclose an area; the others are dots, point sets and measures.
 _AREA_TYPES = ("Polygon", "Spline", "Rectangle")
@@ -68,7 +81,7 @@ def read_annotation(
         CoordinateError: it is neither, or as `read_asap_xml` and `read_ncrf_json`.
         MissingObjectError: no such file.
     """
-    content = storage.read_bytes(uri)
+    content = storage.read_bytes(uri, max_bytes=MAX_ANNOTATION_BYTES)
     match content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]:
         case b"<":
             return _from_asap_xml(content, uri, tumor_groups, excluded_groups)
@@ -96,7 +109,8 @@ def read_asap_xml(
 
     Source: https://github.com/computationalpathologygroup/ASAP
     """
-    return _from_asap_xml(storage.read_bytes(uri), uri, tumor_groups, excluded_groups)
+    content = storage.read_bytes(uri, max_bytes=MAX_ANNOTATION_BYTES)
+    return _from_asap_xml(content, uri, tumor_groups, excluded_groups)
 
 
 def read_ncrf_json(uri: str) -> Annotation:
@@ -112,27 +126,22 @@ def read_ncrf_json(uri: str) -> Annotation:
 
     Source: https://github.com/baidu-research/NCRF (README, "Annotations")
     """
-    return _from_ncrf_json(storage.read_bytes(uri), uri)
-
-
-class _WithoutDoctype(ElementTree.TreeBuilder):
-    def doctype(self, _name: str, _public_id: str | None, _system_id: str | None) -> None:
-        raise CoordinateError("a document type declaration is not accepted; remove it")
+    return _from_ncrf_json(storage.read_bytes(uri, max_bytes=MAX_ANNOTATION_BYTES), uri)
 
 
 def _from_asap_xml(
     content: bytes, uri: str, tumor_groups: Sequence[str], excluded_groups: Sequence[str]
 ) -> Annotation:
     try:
-        root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_WithoutDoctype()))
-    except CoordinateError as error:
+        root = parse_xml(content)
+    except DoctypeError as error:
         raise CoordinateError(f"{uri}: {error}") from error
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
+    except (ParseError, ValueError, LookupError) as error:
         raise CoordinateError(f"{uri}: malformed XML: {error}") from error
     if root.tag != "ASAP_Annotations":
-        raise CoordinateError(f"{uri}: the root element is {root.tag}, not ASAP_Annotations")
-    tumor: list[shapely.Geometry] = []
-    excluded: list[shapely.Geometry] = []
+        raise CoordinateError(f"{uri}: the root element is {root.tag:.40}, not ASAP_Annotations")
+    tumor: list[NDArray[np.float64]] = []
+    excluded: list[NDArray[np.float64]] = []
     for element in root.iterfind("Annotations/Annotation"):
         name = element.get("Name", "")
         kind = element.get("Type", "Polygon")
@@ -142,7 +151,7 @@ def _from_asap_xml(
         group = element.get("PartOfGroup", "None")
         if group not in (*tumor_groups, *excluded_groups):
             raise CoordinateError(
-                f"{uri}: annotation {name!r} is of the unknown group {group!r}; known are "
+                f"{uri}: annotation {name!r} is of the unknown group {group[:40]!r}; known are "
                 f"{list(tumor_groups)} for tumour and {list(excluded_groups)} for the rest: name "
                 "it with --tumor-groups or --excluded-groups"
             )
@@ -160,24 +169,22 @@ def _from_asap_xml(
                 f"{uri}: annotation {name!r}: a Coordinate needs numbers X, Y, Order ({error})"
             ) from error
         points.sort(key=lambda point: point[0])
-        polygons = _polygons([point[1:] for point in points], uri=uri, name=name)
-        (tumor if group in tumor_groups else excluded).extend(polygons)
-    return Annotation(tumor=shapely.union_all(tumor), excluded=shapely.union_all(excluded))
+        outlines = _outlines([point[1:] for point in points], uri=uri, name=name)
+        (tumor if group in tumor_groups else excluded).extend(outlines)
+    return _annotation(tumor, excluded, uri=uri)
 
 
 def _from_ncrf_json(content: bytes, uri: str) -> Annotation:
     try:
         document = json.loads(content)
-        unions = [
-            shapely.union_all(
-                [
-                    polygon
-                    for entry in document[key]
-                    for polygon in _polygons(entry["vertices"], uri=uri, name=entry.get("name", ""))
-                ]
-            )
+        tumor, excluded = (
+            [
+                outline
+                for entry in document[key]
+                for outline in _outlines(entry["vertices"], uri=uri, name=entry.get("name", ""))
+            ]
             for key in ("positive", "negative")
-        ]
+        )
     except CoordinateError:
         raise
     except (ValueError, RecursionError) as error:
@@ -187,29 +194,69 @@ def _from_ncrf_json(content: bytes, uri: str) -> Annotation:
             f'{uri}: not an NCRF annotation, which has lists "positive" and "negative" of objects '
             f'with "vertices" ({type(error).__name__}: {error})'
         ) from error
-    return Annotation(tumor=unions[0], excluded=unions[1])
+    return _annotation(tumor, excluded, uri=uri)
 
 
-def _polygons(points: Any, *, uri: str, name: str) -> list[shapely.Geometry]:
-    # None or one, valid, of one or several parts.
+def _annotation(
+    tumor: list[NDArray[np.float64]], excluded: list[NDArray[np.float64]], *, uri: str
+) -> Annotation:
+    _check_meetings([*tumor, *excluded], uri=uri)
+    try:
+        return Annotation(tumor=_union(tumor, uri=uri), excluded=_union(excluded, uri=uri))
+    except shapely.errors.GEOSException as error:
+        raise CoordinateError(f"{uri}: its outlines cannot be united: {error}") from error
+
+
+def _check_meetings(outlines: list[NDArray[np.float64]], *, uri: str) -> None:
+    if not outlines:
+        return
+    edges = shapely.linestrings(
+        np.concatenate([np.stack([points, np.roll(points, -1, 0)], axis=1) for points in outlines])
+    )
+    tree = shapely.STRtree(edges)
+    most = MAX_MEETINGS + MAX_MEETINGS_PER_VERTEX * len(edges)
+    at_once = max(1, _PAIRS_AT_ONCE // len(edges))
+    found = 0
+    for start in range(0, len(edges), at_once):
+        found += tree.query(edges[start : start + at_once], predicate="intersects").shape[1]
+        if found > most:
+            raise CoordinateError(
+                f"{uri}: the outlines cross each other in more than {MAX_MEETINGS:,} places; draw "
+                "outlines that go round areas once"
+            )
+
+
+def _union(outlines: list[NDArray[np.float64]], *, uri: str) -> shapely.Geometry:
+    return shapely.union_all([polygon for points in outlines for polygon in _polygons(points, uri)])
+
+
+def _outlines(points: Any, *, uri: str, name: str) -> list[NDArray[np.float64]]:
+    # None or one.
     try:
         vertices = np.array(points, dtype=np.float64).reshape(len(points), 2)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CoordinateError(f"{uri}: annotation {name!r}: vertices are not x, y pairs") from error
     if not np.isfinite(vertices).all():
         raise CoordinateError(f"{uri}: annotation {name!r} has a coordinate that is not finite")
+    if vertices.size and np.abs(vertices).max() > _MAX_COORDINATE:
+        raise CoordinateError(f"{uri}: annotation {name!r} has a coordinate that is of no slide")
     if len(vertices) < 3:
         _log().warning(
             "%s: annotation %r has %d points, no area: left out", uri, name, len(vertices)
         )
         return []
+    return [vertices]
+
+
+def _polygons(vertices: NDArray[np.float64], uri: str) -> list[shapely.Geometry]:
+    # None or one, valid, of one or several parts.
     # "structure" keeps areas that a hand-drawn outline goes round twice; "linework" would make
     # holes of them.
     polygon = shapely.make_valid(
         shapely.Polygon(vertices), method="structure", keep_collapsed=False
     )
     if polygon.is_empty:
-        _log().warning("%s: annotation %r is a line, no area: left out", uri, name)
+        _log().warning("%s: an annotation is a line, no area: left out", uri)
         return []
     return [polygon]
 

@@ -33,6 +33,16 @@ POSITION_SCHEMA = pa.schema(
 
 Anchor = Literal["corner", "centre"]
 
+# Of a list: 5 million positions of 100 characters. CAMELYON's longest list has 200,000.
+MAX_LIST_BYTES = 512 * 1024 * 1024
+# Columns of a table: more are no table of positions.
+MAX_COLUMNS = 1000
+# Farther from a slide's corner than this, either way, is no position: slides have at most 2,000,000
+# px a side, and sums of what is larger would overflow silently.
+MAX_COORDINATE_PX = 10**15
+# Of what a file holds, shown in an error.
+MAX_SHOWN = 100
+
 # Odd constants, far apart in 64 bits: cells of different slides and places spread over the keys.
 _HASH_SLIDE, _HASH_COLUMN, _HASH_ROW = (
     np.uint64(0x9E3779B97F4A7C15),
@@ -63,7 +73,8 @@ def read_ncrf_list(uri: str, *, label: str, tile_px: int) -> pa.Table:
     """
     _check(label != "", "label is empty; name the class of the list's positions")
     names = ["slide", "x", "y"]
-    rows = _parse(storage.read_bytes(uri), uri=uri, names=names, num_header_lines=0)
+    content = storage.read_bytes(uri, max_bytes=MAX_LIST_BYTES)
+    rows = _parse(content, uri=uri, names=names, num_header_lines=0)
     rows = rows.append_column("label", pa.repeat(label, rows.num_rows))
     return _positions(rows, shift_px=_half(tile_px))
 
@@ -85,15 +96,20 @@ def read_csv(uri: str, *, anchor: Anchor, tile_px: int) -> pa.Table:
         ValueError: another anchor.
     """
     _check(anchor in get_args(Anchor), f"anchor={anchor!r}; choose one of {get_args(Anchor)}")
-    content = storage.read_bytes(uri)
+    content = storage.read_bytes(uri, max_bytes=MAX_LIST_BYTES)
     header = content.split(b"\n", maxsplit=1)[0].decode("utf-8-sig", errors="replace")
-    found = [name.strip() for name in next(csv.reader([header.rstrip("\r")]), [])]
+    try:
+        found = [name.strip() for name in next(csv.reader([header.rstrip("\r")]), [])]
+    except csv.Error as error:
+        raise CoordinateError(f"{uri}: line 1: {error}") from error
+    if len(found) > MAX_COLUMNS:
+        raise CoordinateError(f"{uri}: the header names {len(found)} columns, over {MAX_COLUMNS}")
     slide_column = "uri" if "uri" in found else "slide"
     wanted = {slide_column: "slide", "x": "x", "y": "y", "label": "label"}
     if any(found.count(name) != 1 for name in wanted):
         raise CoordinateError(
-            f"{uri}: the header names the columns {found}; needed, each once and separated by "
-            "commas: uri (or slide), x, y, label"
+            f"{uri}: the header names the columns {_shown(found)}; needed, each once and separated "
+            "by commas: uri (or slide), x, y, label"
         )
     names = [wanted.get(name, f"(column {number})") for number, name in enumerate(found, start=1)]
     rows = _parse(content, uri=uri, names=names, num_header_lines=1)
@@ -129,7 +145,14 @@ def _parse(content: bytes, *, uri: str, names: list[str], num_header_lines: int)
                 fault = _first_fault(content, names=names, num_header_lines=num_header_lines)
                 raise CoordinateError(f"{uri}: {fault}")
             rows = rows.set_column(number, name, trimmed)
+        elif pc.any(pc.or_(*_beyond(rows[name]))).as_py():
+            fault = _first_fault(content, names=names, num_header_lines=num_header_lines)
+            raise CoordinateError(f"{uri}: {fault}")
     return rows
+
+
+def _beyond(column: pa.ChunkedArray) -> tuple[Any, Any]:
+    return pc.less(column, -MAX_COORDINATE_PX), pc.greater(column, MAX_COORDINATE_PX)
 
 
 def _first_fault(content: bytes, *, names: list[str], num_header_lines: int) -> str | None:
@@ -151,12 +174,19 @@ def _fault_of(fields: list[str], names: list[str]) -> str | None:
         return f"{len(fields)} columns, not the {len(names)} of {','.join(names)}"
     for name, field in zip(names, fields, strict=True):
         if name in ("x", "y") and not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", field):
-            return f"{name} is {field!r}; it must be a whole number of level-0 px"
+            return f"{name} is {_shown(field)}; it must be a whole number of level-0 px"
+        if name in ("x", "y") and abs(int(field)) > MAX_COORDINATE_PX:
+            return f"{name} is {_shown(field)}; no slide is that large"
         if name in ("slide", "label") and not field.strip():
             return f"{name} is empty"
         if "\N{REPLACEMENT CHARACTER}" in field:
-            return f"{field!r} is not UTF-8 text"
+            return f"{_shown(field)} is not UTF-8 text"
     return None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _positions(rows: pa.Table, *, shift_px: int) -> pa.Table:

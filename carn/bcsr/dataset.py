@@ -5,6 +5,7 @@ The manifest is written last and names every shard: a folder without one is no d
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from carn import storage
-from carn.bcsr.codec import Encoding, decode
+from carn.bcsr.codec import decode
 from carn.bcsr.schema import SPLITS, TILES
 from carn.bcsr.shards import ROWS_PER_GROUP, shard_uri
 from carn.errors import DatasetError, MissingObjectError
 from carn.slides.slide import Rgb
 
 MANIFEST = "manifest.json"
+# Of a manifest: some 100,000 slides and shards.
+MAX_MANIFEST_BYTES = 256 * 1024 * 1024
+# What of a tile's row it takes to decode it.
+_DECODED_BY = ("tile_id", "width_px", "height_px", "encoding", "image")
 FORMAT = "bcsr"
 FORMAT_VERSION = 1
 
@@ -123,7 +128,7 @@ def shard_tiles(content: bytes, *, uri: str) -> Iterator[tuple[dict[str, Any], R
             return
         (row,) = batch.to_pylist()
         image = row.pop("image")
-        yield row, _decoded(image, row["encoding"], f"{uri}: tile {row['tile_id']}")
+        yield row, _decoded(row | {"image": image}, uri=uri)
 
 
 def group_tiles(group: TileGroup) -> list[Rgb]:
@@ -133,23 +138,21 @@ def group_tiles(group: TileGroup) -> list[Rgb]:
         DatasetError: the shard or a tile in it is damaged, or holds other tiles than it should.
     """
     with _open_shard(group.uri) as parquet:
-        rows = parquet.read_row_group(group.index, columns=["tile_id", "encoding", "image"])
+        rows = parquet.read_row_group(group.index, columns=list(_DECODED_BY))
     if len(rows) != group.count:
         raise DatasetError(
             f"{group.uri}: part {group.index} holds {len(rows)} tiles, not {group.count}; "
             "build the dataset again with --overwrite"
         )
-    return [
-        _decoded(row["image"], row["encoding"], f"{group.uri}: tile {row['tile_id']}")
-        for row in rows.to_pylist()
-    ]
+    return [_decoded(row, uri=group.uri) for row in rows.to_pylist()]
 
 
-def _decoded(image: bytes, encoding: Encoding, name: str) -> Rgb:
+def _decoded(row: dict[str, Any], *, uri: str) -> Rgb:
     try:
-        return decode(image, encoding)
-    except ValueError as error:
-        raise DatasetError(f"{name}: {error}") from error
+        extent = row["width_px"], row["height_px"]
+        return decode(row["image"], row["encoding"], extent=extent)
+    except (ValueError, TypeError) as error:
+        raise DatasetError(f"{uri}: tile {row['tile_id']}: {error}") from error
 
 
 @contextmanager
@@ -217,13 +220,13 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
         DatasetError: the manifest is of something else, or of a newer format.
     """
     try:
-        content = storage.read_bytes(storage.join(uri, MANIFEST))
+        content = storage.read_bytes(storage.join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
     except MissingObjectError:
         return None
     try:
         manifest: dict[str, Any] = json.loads(content)
         found = manifest["format"], manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{uri}/{MANIFEST} is not the manifest of a bcSR dataset") from error
     if found != (FORMAT, FORMAT_VERSION):
         raise DatasetError(
@@ -247,7 +250,24 @@ def open_dataset(uri: str) -> BcsrDataset:
             f"{uri} holds no finished bcSR dataset ({MANIFEST} is missing); build it with "
             "jobs/build_bcsr.py, which completes what an interrupted run began"
         )
+    try:
+        is_whole = all(_is_shard(shard) for shard in manifest["shards"]) and all(
+            int(manifest["splits"][split]) >= 0 for split in SPLITS
+        )
+    except (KeyError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise DatasetError(
+            f"{uri}/{MANIFEST} does not name its shards and splits as a build writes them; build "
+            "the dataset again with --overwrite"
+        )
     return BcsrDataset(uri=uri, manifest=manifest)
+
+
+def _is_shard(shard: dict[str, Any]) -> bool:
+    # A name with a slash could be of a file anywhere.
+    is_name = re.fullmatch(r"[\w-]+\.parquet", shard["name"], re.ASCII) is not None
+    return is_name and shard["split"] in SPLITS and int(shard["num_tiles"]) >= 0
 
 
 def write_manifest(uri: str, manifest: dict[str, Any]) -> None:

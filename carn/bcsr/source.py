@@ -14,7 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from carn import storage
-from carn.bcsr.coordinates import Anchor, ncrf_label, read_csv, read_ncrf_list, resolve_slides
+from carn.bcsr.coordinates import (
+    MAX_LIST_BYTES,
+    Anchor,
+    ncrf_label,
+    read_csv,
+    read_ncrf_list,
+    resolve_slides,
+)
 from carn.bcsr.locate import find_annotations, name_slides
 from carn.errors import CoordinateError, StorageError
 from carn.slides.image import IMAGE_SUFFIXES
@@ -145,7 +152,7 @@ def _source(
     missing: dict[str, int] | None = None,
     lists: Sequence[str] = (),
 ) -> Source:
-    hashes = {uri: storage.content_hash(uri) for uri in lists}
+    hashes = {uri: storage.content_hash(uri, max_bytes=MAX_LIST_BYTES) for uri in lists}
     return Source(
         names=names,
         positions=positions,

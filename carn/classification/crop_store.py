@@ -152,7 +152,8 @@ def load_crops(source: PictureSource, *, work_uri: str, group: WorkerGroup) -> C
 def _blocks(source: PictureSource, work_uri: str) -> Iterator[npt.NDArray[np.uint8]]:
     for number in source.wanted_groups():
         if source.kind.is_learnt:
-            yield np.load(io.BytesIO(storage.read_bytes(_shard(work_uri, source, number))))
+            content = storage.read_bytes(_shard(work_uri, source, number))
+            yield np.load(io.BytesIO(content), allow_pickle=False)
         else:
             yield source.crops(number)
 

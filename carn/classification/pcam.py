@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,15 @@ from carn.slides.slide import Rgb
 IMAGE_PX = 96
 # Images that are read at a stroke: 7 MB.
 IMAGES_PER_GROUP = 256
+# Of a split: PCam's largest has 262,144 images.
+MAX_IMAGES = 1 << 22
+# Of a table that names slides: 100 bytes for each of so many images.
+MAX_META_BYTES = 512 * 1024 * 1024
+# Bytes that are unpacked to get at one image.
+MAX_CHUNK_BYTES = 1 << 30
+# Filters that come with HDF5 (its filter numbers): gzip, shuffle, Fletcher's checksum. Others are
+# programs that HDF5 would look for on the disk.
+KNOWN_FILTERS = (1, 2, 3)
 # Bytes of one request where HDF5 asks for a few.
 READ_AHEAD_BYTES = 1 << 20
 
@@ -123,6 +133,9 @@ def read_labels(uri: str, split: Split) -> np.ndarray[Any, np.dtype[np.int64]]:
         DatasetError: the file is damaged, or holds other labels.
     """
     with _open(uri, split, "y") as labels:
+        if labels.size > MAX_IMAGES or labels.dtype.kind not in "biu":
+            name = _file(split, "y")
+            raise DatasetError(f"{uri}/{name} holds no labels of up to {MAX_IMAGES} images")
         found = np.asarray(labels).reshape(-1).astype(np.int64)
     if not np.isin(found, (0, 1)).all():
         name = _file(split, "y")
@@ -134,7 +147,7 @@ def _check(uri: str, split: Split) -> None:
     with _open(uri, split, "x") as images, _open(uri, split, "y") as labels:
         wanted = (len(labels), IMAGE_PX, IMAGE_PX, 3)
         is_whole = tuple(images.shape) == wanted and images.dtype == np.uint8
-        if not is_whole or labels.size != len(labels):
+        if not is_whole or labels.size != len(labels) or len(labels) > MAX_IMAGES:
             raise DatasetError(
                 f"{uri}: {_file(split, 'x')} holds {images.dtype} of shape {tuple(images.shape)} "
                 f"and {_file(split, 'y')} labels of shape {tuple(labels.shape)}; PCam's are uint8 "
@@ -164,8 +177,11 @@ def _identity(uri: str, name: str) -> str:
 
 def _read_slides(uri: str, split: Split, *, count: int) -> list[str]:
     place = storage.join(uri, _meta(split))
-    text = storage.read_bytes(place).decode("utf-8", errors="replace")
-    rows = list(csv.DictReader(io.StringIO(text)))
+    text = storage.read_bytes(place, max_bytes=MAX_META_BYTES).decode("utf-8", errors="replace")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error:
+        rows = []
     if len(rows) != count or any(not row.get("wsi") for row in rows):
         raise DatasetError(
             f"{place} does not name the slide (column wsi) of each of the {count:,} images; fetch "
@@ -191,13 +207,40 @@ def _open(uri: str, split: Split, part: str) -> Iterator[Any]:
     source = storage.open_source(place)
     try:
         with h5py.File(io.BufferedReader(_SourceFile(source), READ_AHEAD_BYTES), "r") as file:
-            yield file[part]
-    # What h5py raises of damage: OSError of a file, KeyError of a name, RuntimeError of a block.
-    except (OSError, KeyError, RuntimeError) as error:
+            yield _own_dataset(file, part)
+    # What h5py raises of damage: OSError of a file, KeyError of a name, RuntimeError of a block,
+    # ValueError and TypeError of what is neither.
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(f"{place} is damaged or not PCam's ({reason}). {_PUBLISHED}") from error
     finally:
         source.close()
+
+
+def _own_dataset(file: Any, part: str) -> Any:
+    """The array of a file, whose pixels must be in the file itself.
+
+    HDF5 follows links to other files, and reads pixels from any file that the array names.
+    """
+    import h5py
+
+    if not isinstance(file.get(part, getlink=True), h5py.HardLink):
+        raise ValueError(f"{part} is a link")
+    found = file[part]
+    if not isinstance(found, h5py.Dataset) or found.shape is None or not found.shape:
+        raise ValueError(f"{part} is no array")
+    if found.external or found.is_virtual:
+        raise ValueError(f"{part} lies in other files")
+    if found.dtype.hasobject:
+        raise ValueError(f"{part} holds no numbers")
+    plist = found.id.get_create_plist()
+    filters = [plist.get_filter(number)[0] for number in range(plist.get_nfilters())]
+    if not set(filters) <= set(KNOWN_FILTERS):
+        raise ValueError(f"{part} is packed by filters {filters}; known are {KNOWN_FILTERS}")
+    chunk = math.prod(found.chunks or (1,)) * found.dtype.itemsize
+    if chunk > MAX_CHUNK_BYTES:
+        raise ValueError(f"{part} is packed in parts of {chunk} bytes; pack it in smaller ones")
+    return found
 
 
 class _SourceFile(io.RawIOBase):

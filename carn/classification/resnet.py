@@ -5,8 +5,6 @@ convolution has the stride, as in torchvision ("v1.5") and in
 https://ngc.nvidia.com/catalog/model-scripts/nvidia:resnet_50_v1_5_for_pytorch.
 """
 
-import io
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +19,7 @@ from torch.nn import functional
 
 from carn import storage
 from carn.errors import CheckpointError
+from carn.models.pickled import MAX_WEIGHTS_BYTES, is_plain_tensor, load_pickled
 
 Depth = Literal[18, 50]
 
@@ -168,17 +167,16 @@ def load_weights(model: ResNet, uri: str) -> None:
 
 
 def _read_state(uri: str) -> dict[str, Tensor]:
-    content = storage.read_bytes(uri)
+    content = storage.read_bytes(uri, max_bytes=MAX_WEIGHTS_BYTES)
     way_out = "give --weights a state dict, .safetensors or .pth"
     try:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(content)
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # What torch raises of a file that is none: its own zip reader's RuntimeError, or pickle's.
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        found = load_pickled(content)
+    except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(f"{uri} is no file of tensors ({error}); {way_out}") from error
     if not isinstance(found, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+        isinstance(name, str) and is_plain_tensor(tensor) for name, tensor in found.items()
     ):
         raise CheckpointError(f"{uri} holds something else than tensors by name; {way_out}")
     return dict(found)

@@ -21,6 +21,7 @@ from torch import nn
 
 from carn import storage
 from carn.errors import CheckpointError, MissingObjectError
+from carn.models.pickled import MAX_WEIGHTS_BYTES
 from carn.models.weights import (
     FORMAT,
     FORMAT_VERSION,
@@ -163,7 +164,7 @@ def write_pointer(run_uri: str, *, name: Literal["best", "last"], checkpoint: st
         ValueError: `checkpoint` leads out of the run.
         AccessDeniedError, StorageError: the location cannot be written.
     """
-    if not _is_below(checkpoint):
+    if not storage.is_below(checkpoint):
         raise ValueError(f"checkpoint={checkpoint!r} must be a path below the run's folder")
     text = json.dumps({"checkpoint": checkpoint}) + "\n"
     storage.write_bytes(storage.join(storage.normalize(run_uri), f"{name}.json"), text.encode())
@@ -297,15 +298,11 @@ def _pointed_to(pointer: str) -> str:
     run = pointer.rpartition("/")[0]
     try:
         target = json.loads(_read(pointer, owner=run))["checkpoint"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{pointer} does not point to a checkpoint") from error
-    if not _is_below(target):
+    if not storage.is_below(target):
         raise CheckpointError(f"{pointer} points to {target!r}, which is not below its run")
     return storage.join(run, target)
-
-
-def _is_below(path: object) -> bool:
-    return isinstance(path, str) and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def _is_weights(uri: str) -> bool:
@@ -314,7 +311,7 @@ def _is_weights(uri: str) -> bool:
 
 def _read(uri: str, *, owner: str) -> bytes:
     try:
-        return storage.read_bytes(uri)
+        return storage.read_bytes(uri, max_bytes=MAX_WEIGHTS_BYTES)
     except MissingObjectError as error:
         name = storage.name_of(uri)
         raise CheckpointError(

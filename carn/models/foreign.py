@@ -10,7 +10,6 @@ Examples:
       --mean 0.4488 0.4371 0.4040
 """
 
-import io
 import re
 import sys
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from carn.errors import CarnError, CheckpointError
 from carn.models.checkpoint import CHECKPOINT, write_checkpoint
 from carn.models.foreign_names import FAMILIES, Family, ForeignName, Sizes, Tensors
 from carn.models.layers import upsampling_steps
+from carn.models.pickled import MAX_WEIGHTS_BYTES, is_plain_tensor, load_pickled
 from carn.models.table import MODELS, build_model, config_from_dict, config_to_dict
 from carn.models.weights import listed, load_tensors
 
@@ -100,7 +100,7 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     """
     if not path.endswith((".safetensors", ".pt", ".pth")):
         raise ValueError(f"{path!r} must be a .safetensors, .pt or .pth file")
-    content = storage.read_bytes(storage.normalize(path))
+    content = storage.read_bytes(storage.normalize(path), max_bytes=MAX_WEIGHTS_BYTES)
     found: object
     if path.endswith(".safetensors"):
         try:
@@ -109,13 +109,11 @@ def read_tensors(path: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     else:
         try:
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        # A malformed pickle raises whatever its opcodes lead to; none of it has run code.
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            found = load_pickled(content)
+        except ValueError as error:
             raise CheckpointError(
                 f"{path} is damaged, or a pickle of more than tensors, which is not executed "
-                f"({reason}); save model.state_dict() where it comes from"
+                f"({error}); save model.state_dict() where it comes from"
             ) from error
     for nest in NESTS:
         if isinstance(found, dict) and isinstance(found.get(nest), dict):
@@ -135,7 +133,7 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 
 
 def _is_tensor(key: object, value: object) -> bool:
-    return isinstance(key, str) and isinstance(value, Tensor)
+    return isinstance(key, str) and is_plain_tensor(value)
 
 
 # ---------------------------------------------------------------------------- from theirs to ours

@@ -1,6 +1,7 @@
 """A model as the bytes of a safetensors file that says itself what model it is."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -15,6 +16,11 @@ from carn.models.table import MODELS, build_model, config_from_dict, config_to_d
 
 FORMAT = "carn-checkpoint"
 FORMAT_VERSION = 1
+# Of any whole number in a configuration: channels, blocks, groups. The paper's networks have at
+# most 256 (EDSR's channels).
+MAX_CONFIG_NUMBER = 4096
+# Fields that multiply: every one of the blocks that they say has tensors of its own.
+DEPTHS = ("num_groups", "num_blocks", "num_layers")
 # Where in a safetensors header a model says what it is. The only key: the format's writer keeps
 # several in no order, and equal weights are to give equal bytes.
 HEADER_KEY = "carn"
@@ -89,7 +95,7 @@ def unpack(content: bytes, *, uri: str) -> tuple[Architecture, dict[str, Tensor]
         tensors = safetensors.torch.load(content)
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{uri} is damaged or no safetensors file: {error}") from error
     said = header.get("__metadata__", {}).get(HEADER_KEY)
     if said is None:
@@ -119,6 +125,10 @@ def build(architecture: Architecture, tensors: Mapping[str, Tensor], *, uri: str
     name = cast(Any, architecture.name)
     try:
         config = config_from_dict(name, architecture.config)
+        _check_size(architecture.config, num_tensors=len(tensors))
+        # Without memory first: what the header says is as large as it likes, the file is not.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            check_fit(build_model(name, scale=architecture.scale, config=config), tensors, uri=uri)
         # Initial weights draw random numbers that belong to the caller.
         with torch.random.fork_rng(devices=[]):
             model = build_model(name, scale=architecture.scale, config=config)
@@ -134,6 +144,12 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, uri: str) -
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen; they are named.
     """
+    check_fit(model, tensors, uri=uri)
+    model.load_state_dict(tensors)
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], *, uri: str) -> None:
+    """Raise CheckpointError where `load_tensors` does."""
     own = model.state_dict()
     problems = {
         "missing": [name for name in own if name not in tensors],
@@ -147,7 +163,16 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, uri: str) -
     if any(problems.values()):
         words = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
         raise CheckpointError(f"{uri} does not fit its {type(model).__name__}; tensors {words}")
-    model.load_state_dict(tensors)
+
+
+def _check_size(config: Mapping[str, Any], *, num_tensors: int) -> None:
+    numbers = {name: value for name, value in config.items() if type(value) is int}
+    for name, value in numbers.items():
+        if value > MAX_CONFIG_NUMBER:
+            raise ValueError(f"{name}={value} is more than {MAX_CONFIG_NUMBER}")
+    depth = math.prod(numbers.get(name, 1) for name in DEPTHS)
+    if depth > max(1, num_tensors):
+        raise ValueError(f"its {num_tensors} tensors are not those of {depth} blocks")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -194,7 +219,7 @@ def parse_format(content: str | bytes, *, uri: str) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = json.loads(content)
         found = fields["format"], fields["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{uri} is not of a carn checkpoint") from error
     if found != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(

@@ -12,6 +12,13 @@ from carn.slides.slide import Level, Rgb, Slide, SlideProperties
 
 # Whole images are held in memory: 2^28 px are 0.8 GB of RGB, more than any tile or region export.
 MAX_IMAGE_PX = 1 << 28
+# Of a file: more than that many px take in any of the formats.
+MAX_IMAGE_BYTES = 1 << 31
+# Pillow would find out itself, and knows formats that start other programs (EPS) or that no
+# microscope writes.
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+# A scan of a few bytes costs a pass over the whole image. Progressive files have about 10.
+MAX_JPEG_SCANS = 100
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
@@ -27,7 +34,7 @@ class ImageSlide(Slide):
             SlideError: not an image, damaged, truncated, or larger than MAX_IMAGE_PX.
             StorageError: it cannot be read.
         """
-        pixels, icc_profile = _decode(uri, storage.read_bytes(uri))
+        pixels, icc_profile = _decode(uri, storage.read_bytes(uri, max_bytes=MAX_IMAGE_BYTES))
         height, width = pixels.shape[:2]
         super().__init__(
             uri,
@@ -49,15 +56,18 @@ def _decode(uri: str, content: bytes) -> tuple[Rgb, bytes | None]:
         raise SlideError(uri, "is an empty file")
     try:
         with warnings.catch_warnings():
-            # Our own bound is checked below; PIL's is lower and only warns.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(content))
+            # Our own bound is checked below; PIL's is lower and only warns. So it does of damage
+            # in what is said beside the pixels.
+            warnings.simplefilter("ignore")
+            image: Image.Image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
             if image.width * image.height > MAX_IMAGE_PX:
                 raise SlideError(
                     uri,
                     f"claims {image.width} x {image.height} px, more than the {MAX_IMAGE_PX} that "
                     "are read as one image; store it as a tiled, pyramidal TIFF",
                 )
+            if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > MAX_JPEG_SCANS:
+                raise SlideError(uri, f"holds more than {MAX_JPEG_SCANS} scans; save it anew")
             if image.mode.startswith(("I", "F")):
                 raise SlideError(
                     uri, f"holds pixels of more than 8 bits (mode {image.mode}); convert it to RGB"
@@ -70,8 +80,12 @@ def _decode(uri: str, content: bytes) -> tuple[Rgb, bytes | None]:
                 )
             return np.asarray(image.convert("RGB")), icc_profile
     except UnidentifiedImageError as error:
-        raise SlideError(uri, "is not an image in any format that Pillow knows") from error
+        known = ", ".join(IMAGE_FORMATS)
+        raise SlideError(uri, f"is not an image in any format that is read ({known})") from error
     except Image.DecompressionBombError as error:
         raise SlideError(uri, f"claims an absurd extent ({error})") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except SlideError:
+        raise
+    # Whatever the format's reader came upon.
+    except Exception as error:
         raise SlideError(uri, f"is damaged or truncated ({error})") from error

@@ -32,7 +32,10 @@ def fetch(uri: str) -> tuple[Path, IO[bytes]]:
     def fill(folder: Path) -> None:
         below = uri.rsplit("/", maxsplit=1)[0] + "/"
         for item in wanted:
-            path = folder / item.uri.removeprefix(below)
+            name = item.uri.removeprefix(below)
+            if not storage.is_below(name):
+                raise StorageError(item.uri, f"{name!r} leads out of its folder; rename the object")
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.download(item.uri, path)
 

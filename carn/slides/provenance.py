@@ -20,9 +20,10 @@ def read_provenance(uri: str) -> dict[str, Any] | None:
     try:
         if uri.rstrip("/").endswith(".zarr"):
             content = json.loads(storage.read_bytes(storage.join(uri, "zarr.json")))
-            return _of(content.get("attributes", {}).get("carn"))
+            return _of(content["attributes"]["carn"])
         return _of_tiff(uri)
-    except (MissingObjectError, ValueError):
+    # What is there may be anybody's.
+    except (MissingObjectError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -34,7 +35,7 @@ def _of_tiff(uri: str) -> dict[str, Any] | None:
     source = storage.open_source(uri)
     try:
         with tifffile.TiffFile(HeaderFile(source)) as tiff:
-            text = tiff.pages[0].description
+            text = str(tiff.pages[0].description)
     except (tifffile.TiffFileError, *DIRECTORY_ERRORS):
         return None
     finally:

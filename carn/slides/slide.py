@@ -19,6 +19,11 @@ Rgb = NDArray[np.uint8]
 
 # A bad header can claim any extent. 2,000,000 px at 0.1 um/px are 20 cm of glass: no scanner's.
 MAX_EXTENT_PX = 2_000_000
+# All pixels of a slide: the whole of a glass slide, 75 x 25 mm, at 0.1 um/px has 1.9e11.
+MAX_SLIDE_PX = 1 << 38
+# Pixels that are read to make a picture of the whole slide. A pyramid spares reading more; without
+# one, 262,000 x 262,000 px take some minutes, and a header of a few KB could ask for days.
+MAX_REDUCED_PX = 1 << 36
 # The most pixels one read may ask for (3 GiB of RGB): more is a mistake, not a region.
 MAX_REGION_PX = 1 << 30
 # Pixels that are held at once when a whole level is made smaller: 48 MB of RGB.
@@ -96,6 +101,12 @@ class Slide(ABC):
                 uri,
                 f"claims {base.width_px} x {base.height_px} px, more than any scanner's "
                 f"{MAX_EXTENT_PX}; the header is damaged or hostile",
+            )
+        if base.width_px * base.height_px > MAX_SLIDE_PX:
+            raise SlideError(
+                uri,
+                f"claims {base.width_px} x {base.height_px} px, more than the {MAX_SLIDE_PX} of a "
+                "whole glass slide; the header is damaged or hostile",
             )
         self.uri = uri
         self.levels = levels
@@ -178,6 +189,7 @@ class Slide(ABC):
 
         Raises:
             DamagedTileError: no level that is fine enough can be read.
+            SlideError: that level has more than MAX_REDUCED_PX.
         """
         downsample = max(1.0, max(self.extent) / max_side_px)
         size = (
@@ -197,6 +209,12 @@ class Slide(ABC):
         from PIL import Image
 
         found = self.levels[level]
+        if found.width_px * found.height_px > MAX_REDUCED_PX:
+            raise SlideError(
+                self.uri,
+                f"has no level between {found.width_px} x {found.height_px} px and a picture of "
+                f"{size[0]} x {size[1]} px; store it anew with a pyramid",
+            )
         factor = max(1, min(found.width_px // size[0], found.height_px // size[1]))
         rows = max(1, STRIP_PX // (found.width_px * factor)) * factor
         strips = []
@@ -247,6 +265,11 @@ class Slide(ABC):
 def plausible_mpp(mpp: float | None) -> float | None:
     """The value when it can be of a microscope (see MAX_MPP_UM), else None."""
     return mpp if mpp is not None and math.isfinite(mpp) and 0 < mpp <= MAX_MPP_UM else None
+
+
+def plausible_power(power: float | None) -> float | None:
+    """The magnification when it is a positive, finite number, else None."""
+    return power if power is not None and math.isfinite(power) and power > 0 else None
 
 
 def level_downsamples(

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import simplejpeg
@@ -23,6 +23,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from carn.errors import SlideError
+from carn.plain_xml import parse_xml
 from carn.slides.slide import (
     Level,
     Rgb,
@@ -30,6 +31,7 @@ from carn.slides.slide import (
     SlideProperties,
     level_downsamples,
     plausible_mpp,
+    plausible_power,
 )
 from carn.storage import ByteSource
 
@@ -37,14 +39,34 @@ from carn.storage import ByteSource
 HEADER_BLOCK_BYTES = 32 * 1024
 # The tile lists of the largest slides take a few MB; a longer wish comes from a damaged header.
 MAX_HEADER_READ_BYTES = 64 * 1024 * 1024
+# All that is read of a header. The tables of a slide of 200,000 x 200,000 px take 40 to 55 MB in
+# tiles of 128 px, a quarter of it in those of 256 px. Python holds ten times as much for a while.
+MAX_HEADER_BYTES = 96 * 1024 * 1024
+# Reads of a header, so that directories which lead in a circle end: some 20 for each directory.
+MAX_HEADER_READS = 100_000
+# Images in a file. Slides hold some 10; OME-TIFFs with all channels and planes hundreds.
+MAX_DIRECTORIES = 2048
 # Tiles larger than this are no tiles, and decoding one to cut a corner would be absurd.
 MAX_TILE_PX = 8192
+# Sides of tiles are multiples of 16 (TIFF 6.0, section 15). Smaller ones only cost time.
+MIN_TILE_PX = 16
+# Shared tables of a level go before each of its tiles: four of quantisation and eight of Huffman
+# codes take 1.7 KB at the most (ITU T.81, sections B.2.4.1 and B.2.4.2).
+MAX_JPEG_TABLES_BYTES = 64 * 1024
+# Baseline JPEG takes 27 bits for a coefficient at the very most (ITU T.81, section F.1.2). Beside
+# them a tile has its headers.
+MAX_BYTES_PER_PX = 12
+MAX_JPEG_HEADERS_BYTES = 1024 * 1024
+# A scan of a few bytes costs a pass over the whole tile. Progressive files have about 10.
+MAX_JPEG_SCANS = 100
 # Decoded border tiles kept by a process, over all its slides: OpenSlide's default for one slide.
 TILE_CACHE_BYTES = 32 * 1024 * 1024
+# How a TIFF begins: byte order, and 42, or 43 of a BigTIFF.
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # TIFF tags by number (TIFF 6.0, https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf).
 TAG_ICC_PROFILE = 34675
 # JPEG markers (ITU T.81, table B.1).
-SOI, EOI = b"\xff\xd8", b"\xff\xd9"
+SOI, EOI, SOS = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 # APP14 "Adobe": the one marker by which a JPEG says whether its components are RGB (transform 0)
 # or YCbCr (transform 1). TIFF says it in a tag instead, so the marker is put in before decoding.
 ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
@@ -54,6 +76,9 @@ DIRECTORY_ERRORS = (
     *(ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError),
     *(RuntimeError, MemoryError, struct.error),
 )
+
+
+_HOSTILE = ", more than any slide's; it is damaged or hostile"
 
 
 class NotTiledJpegError(Exception):
@@ -108,6 +133,10 @@ class _JpegLevel:
     @property
     def tiles_across(self) -> int:
         return math.ceil(self.width_px / self.tile_width_px)
+
+    @property
+    def max_stream_bytes(self) -> int:
+        return MAX_JPEG_HEADERS_BYTES + MAX_BYTES_PER_PX * self.tile_width_px * self.tile_height_px
 
 
 class TiledJpegSlide(Slide):
@@ -186,6 +215,14 @@ class TiledJpegSlide(Slide):
                     row * grid.tile_height_px,
                     level=level,
                 )
+            if length > grid.max_stream_bytes:
+                raise self._damaged(
+                    f"it claims {length} bytes, more than a JPEG of {grid.tile_width_px} x "
+                    f"{grid.tile_height_px} px can take ({grid.max_stream_bytes})",
+                    column * grid.tile_width_px,
+                    row * grid.tile_height_px,
+                    level=level,
+                )
         streams = self._source.read_ranges([span for span in ranges if span[1]])
         present = iter(streams)
         return [next(present) if length else None for _, length in ranges]
@@ -195,6 +232,8 @@ class TiledJpegSlide(Slide):
         fail = partial(self._damaged, x=column * expected[1], y=row * expected[0], level=level)
         if stream[:2] != SOI:
             raise fail("it does not start as a JPEG stream")
+        if (num_scans := stream.count(SOS)) > MAX_JPEG_SCANS:
+            raise fail(f"it holds {num_scans} scans, more than {MAX_JPEG_SCANS}")
         try:
             tile: Rgb = simplejpeg.decode_jpeg(
                 grid.prefix + stream[_skip_application_markers(stream) :],
@@ -225,12 +264,18 @@ def _skip_application_markers(stream: bytes) -> int:
 
 
 def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]:
+    file = HeaderFile(source)
     try:
-        with tifffile.TiffFile(HeaderFile(source)) as tiff:
+        with tifffile.TiffFile(file) as tiff:
+            found = _pages(tiff, source.uri)
+            pages = [page for page in found if _is_level(page)]
+            # Before anybody else gets the file, too: what OpenSlide finds no memory for ends the
+            # process.
+            _check_byte_counts(found, source)
+            _check_tiles(pages, source.uri)
             if tiff.is_scn or tiff.is_bif or tiff.is_ndpi or tiff.is_qpi:
                 # Several images, overlapping tiles or strips under a TIFF's clothes.
                 raise NotTiledJpegError("a vendor's own layout")
-            pages = [page for page in _pages(tiff) if _is_level(page)]
             first = tiff.pages[0]
             if not pages or pages[0] is not first:
                 raise NotTiledJpegError("the first image is not tiled")
@@ -239,24 +284,67 @@ def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]
             levels = [_jpeg_level(page, source.uri) for page in _pyramid(pages)]
             _check_is_whole(levels, source)
             return levels, _properties(tiff, first)
-    except (NotTiledJpegError, SlideError):
+    except SlideError:
         raise
-    except tifffile.TiffFileError as error:
+    except (NotTiledJpegError, tifffile.TiffFileError, *DIRECTORY_ERRORS) as error:
+        # tifffile takes what the file refuses for damage, and goes on or gives up.
+        if file.refusal is not None:
+            raise SlideError(source.uri, file.refusal) from error
+        if isinstance(error, NotTiledJpegError):
+            raise
+        # What cannot be checked is not handed on.
+        if source.read_ranges([(0, len(TIFF_HEADS[0]))])[0] in TIFF_HEADS:
+            raise SlideError(
+                source.uri, f"cannot be opened: a damaged TIFF directory ({error!s:.200})"
+            ) from error
         raise NotTiledJpegError(str(error)) from error
-    except DIRECTORY_ERRORS as error:
-        raise NotTiledJpegError(f"a damaged TIFF directory ({error})") from error
 
 
-def _pages(tiff: tifffile.TiffFile) -> list[Any]:
-    pages = list(tiff.pages)
+def _pages(tiff: tifffile.TiffFile, uri: str) -> list[Any]:
+    pages = _listed(tiff.pages, uri)
     # OME-TIFF keeps the coarser levels of its first image in SubIFDs.
-    below = list(pages[0].pages) if pages and pages[0].subifds else []
+    below = _listed(pages[0].pages, uri) if pages and pages[0].subifds else []
     return pages[:1] + below if below else pages
+
+
+def _listed(pages: Any, uri: str) -> list[Any]:
+    # One by one: a list asks for their number first, and a chain that bites its tail has none.
+    found = list(itertools.islice(iter(pages), MAX_DIRECTORIES + 1))
+    if len(found) > MAX_DIRECTORIES:
+        raise SlideError(
+            uri,
+            f"holds more than {MAX_DIRECTORIES} images, or directories that lead in a circle; the "
+            "header is damaged or hostile",
+        )
+    return found
 
 
 def _is_level(page: Any) -> bool:
     is_mask = bool(page.subfiletype & 4)
     return bool(page.is_tiled) and not is_mask
+
+
+def _check_byte_counts(pages: list[Any], source: ByteSource) -> None:
+    for page in pages:
+        counts = np.asarray(page.databytecounts, dtype=np.uint64)
+        if counts.size and counts.max() > source.size:
+            raise SlideError(
+                source.uri,
+                f"is truncated or damaged: it lists {counts.max()} bytes for a tile, and has "
+                f"{source.size} in all; transfer it again",
+            )
+
+
+def _check_tiles(pages: list[Any], uri: str) -> None:
+    # Whoever decodes such tiles, whatever their compression, would spend memory or time on nothing.
+    for page in pages:
+        sides = page.tilewidth, page.tilelength
+        if not MIN_TILE_PX <= min(sides) <= max(sides) <= MAX_TILE_PX:
+            raise SlideError(
+                uri,
+                f"has tiles of {sides[0]} x {sides[1]} px; sides of {MIN_TILE_PX} to {MAX_TILE_PX} "
+                "px are read: store it anew with such tiles",
+            )
 
 
 def _is_rgb_jpeg(page: Any) -> bool:
@@ -267,7 +355,6 @@ def _is_rgb_jpeg(page: Any) -> bool:
         and page.bitspersample == 8
         and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
         and page.imagedepth == 1
-        and max(page.tilewidth, page.tilelength) <= MAX_TILE_PX
     )
 
 
@@ -304,6 +391,12 @@ def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
         )
     colours = ADOBE_RGB if page.photometric == tifffile.PHOTOMETRIC.RGB else ADOBE_YCBCR
     tables = page.jpegtables or b""
+    if len(tables) > MAX_JPEG_TABLES_BYTES:
+        raise SlideError(
+            uri,
+            f"has JPEG tables of {len(tables)} bytes, more than {MAX_JPEG_TABLES_BYTES}; the "
+            "header is damaged or hostile",
+        )
     if tables:
         tables = tables[_skip_application_markers(tables) :].removesuffix(EOI)
     return _JpegLevel(
@@ -341,7 +434,7 @@ def _properties(tiff: tifffile.TiffFile, page: Any) -> SlideProperties:
         return SlideProperties(
             mpp_x=mpp,
             mpp_y=mpp,
-            objective_power=_aperio_number(description, "AppMag"),
+            objective_power=plausible_power(_aperio_number(description, "AppMag")),
             vendor="aperio",
             icc_profile=icc_profile,
         )
@@ -368,8 +461,8 @@ def _aperio_number(description: str, name: str) -> float | None:
 def _philips_mpp(description: str) -> tuple[float | None, float | None]:
     # The first DICOM_PIXEL_SPACING is level 0's: '"0.000243" "0.000243"', mm per px, row first.
     try:
-        root = ElementTree.fromstring(description)
-    except ElementTree.ParseError:
+        root = parse_xml(description)
+    except (ParseError, ValueError, LookupError):
         return None, None
     for attribute in root.iter("Attribute"):
         if attribute.get("Name") == "DICOM_PIXEL_SPACING":
@@ -391,13 +484,20 @@ def _resolution_mpp(page: Any, tag: str) -> float | None:
 class HeaderFile(io.RawIOBase):
     """A read-only file over a byte source for tifffile, which reads directories in small pieces.
 
-    Blocks are kept: directories are short-lived, so what is kept is freed with the parse.
+    Blocks are kept: directories are short-lived, so what is kept is freed with the parse. What a
+    header may cost is bounded: the read that would go beyond is refused, and all that follow.
+
+    Attributes:
+        refusal: why; None as long as nothing was refused.
     """
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
         self._position = 0
         self._blocks: dict[int, bytes] = {}
+        self._num_reads = 0
+        self._num_bytes = 0
+        self.refusal: str | None = None
         self.name = source.uri
 
     def readable(self) -> bool:
@@ -418,8 +518,7 @@ class HeaderFile(io.RawIOBase):
         end = self._source.size if size < 0 else min(self._position + size, self._source.size)
         if end <= self._position:
             return b""
-        if end - self._position > MAX_HEADER_READ_BYTES:
-            raise ValueError(f"a directory entry of {end - self._position} bytes")
+        self._count(end - self._position)
         first, last = self._position // HEADER_BLOCK_BYTES, (end - 1) // HEADER_BLOCK_BYTES
         missing = [n for n in range(first, last + 1) if n not in self._blocks]
         if missing:
@@ -436,6 +535,19 @@ class HeaderFile(io.RawIOBase):
         content = joined[start : start + end - self._position]
         self._position += len(content)
         return content
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_reads += 1
+        self._num_bytes += num_bytes
+        if num_bytes > MAX_HEADER_READ_BYTES:
+            self.refusal = f"has a directory entry of {num_bytes} bytes"
+        elif self._num_bytes > MAX_HEADER_BYTES:
+            self.refusal = f"has a header of more than {MAX_HEADER_BYTES} bytes"
+        elif self._num_reads > MAX_HEADER_READS:
+            self.refusal = "has a header without an end"
+        if self.refusal is not None:
+            self.refusal = self.refusal.removesuffix(_HOSTILE) + _HOSTILE
+            raise ValueError(self.refusal)
 
     def readinto(self, buffer: Any) -> int:
         content = self.read(len(buffer))

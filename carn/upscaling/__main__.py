@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from carn.errors import CarnError
+from carn.log_lines import start_logging
 from carn.upscaling.images import UpscaleImages, upscale_images
 
 logger = logging.getLogger("carn.upscaling")
@@ -51,5 +52,5 @@ def main(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start_logging(line_format="%(message)s")
     sys.exit(tyro.cli(main, prog="python -m carn.upscaling", config=(tyro.conf.OmitArgPrefixes,)))

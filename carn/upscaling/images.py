@@ -21,7 +21,7 @@ from torch import nn
 from carn import storage
 from carn.errors import CarnError, MissingObjectError, SlideError
 from carn.models.checkpoint import checkpoint_hash, load_model, read_checkpoint
-from carn.slides.image import IMAGE_SUFFIXES
+from carn.slides.image import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from carn.slides.slide import MAX_REGION_PX, Rgb
 from carn.slides.slide_output import NOTICE
 from carn.upscaling.blocks import block_region, num_blocks, read_block, upscale_block
@@ -42,6 +42,8 @@ PNG_COMPRESSION = 4
 # PNG, https://www.w3.org/TR/png-3/: signature, and a text chunk no longer than ours can be.
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 1 << 16
+# Before the pixels of a PNG; ours has 8.
+MAX_CHUNKS = 1000
 
 Outcome = Literal["written", "skipped", "failed"]
 
@@ -146,7 +148,7 @@ def _upscale_image(
 ) -> Outcome:
     # What decides over the pixels, but for roundings; no path, which may name a patient.
     source = {
-        "input": storage.content_hash(uri),
+        "input": storage.content_hash(uri, max_bytes=MAX_IMAGE_BYTES),
         "checkpoint": weights,
         "input_config": dataclasses.asdict(config.input),
     }
@@ -268,7 +270,7 @@ def read_provenance(uri: str) -> dict[str, Any] | None:
         position = len(PNG_SIGNATURE)
         if source.read_ranges([(0, position)]) != [PNG_SIGNATURE]:
             return None
-        while True:
+        for _ in range(MAX_CHUNKS):
             # A chunk is length, type, content, checksum (PNG section 5.3).
             (head,) = source.read_ranges([(position, 8)])
             length, kind = int.from_bytes(head[:4], "big"), head[4:]
@@ -281,7 +283,8 @@ def read_provenance(uri: str) -> dict[str, Any] | None:
                     found = json.loads(text)
                     return found if isinstance(found, dict) else None
             position += 8 + length + 4
-    except ValueError:
+        return None
+    except (ValueError, RecursionError):
         return None
     finally:
         source.close()

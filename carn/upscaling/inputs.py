@@ -13,12 +13,17 @@ from carn import storage
 from carn.errors import CarnError, MissingObjectError
 from carn.slides.image import IMAGE_SUFFIXES
 from carn.slides.listing import SLIDE_SUFFIXES, list_slides
+from carn.slides.slide import plausible_mpp
 
 logger = logging.getLogger(__name__)
 
 # Files asked for their identity at once: over S3 each is a round trip of tens of milliseconds.
 NUM_IDENTITY_THREADS = 16
 GLOB = re.compile(r"[*?\[]")
+# Of a manifest: a million names of 64 characters.
+MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+# Folders below an output that are the program's own.
+RESERVED = ("_state", "_work")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,14 @@ def _below(given: str, *, is_image: bool) -> list[SlideInput]:
         base, uris = root, _listed_images(root)
     else:
         base, uris = root, list_slides([root])
-    return [SlideInput(uri=uri, name=_name(uri, base), is_image=is_image) for uri in uris]
+    items = [SlideInput(uri=uri, name=_name(uri, base), is_image=is_image) for uri in uris]
+    # An object's key may hold "..", which leads out of a folder of the same name on a disk.
+    return [replace(item, problem=_listed_problem(item.name)) for item in items]
+
+
+def _listed_problem(name: str) -> str | None:
+    problem = _problem_of(name)
+    return problem and f"{problem}; rename it, or name it otherwise in a .csv manifest (uri,name)"
 
 
 def _listed_images(root: str) -> list[str]:
@@ -127,7 +139,31 @@ def _matches(uri: str, pattern: str) -> bool:
 
 
 def _of_manifest(uri: str, *, is_image: bool) -> list[SlideInput]:
-    text = storage.read_bytes(uri).decode("utf-8-sig")
+    try:
+        rows = _manifest_rows(uri)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CarnError(f"{uri} is no manifest ({error}); write it as UTF-8 text") from error
+    items = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            slide = storage.normalize((row["uri"] or "").strip())
+            said = (row.get("mpp") or "").strip()
+            mpp_um = float(said) if said else None
+            if said and plausible_mpp(mpp_um) is None:
+                raise ValueError(f"mpp is {said!r}; it must be a number of um per level-0 px")
+        except ValueError as error:
+            raise CarnError(f"{uri}, entry {number}: {error}") from error
+        name = (row.get("name") or "").strip().strip("/") or storage.stem_of(slide)
+        if (problem := _problem_of(name)) is not None:
+            raise CarnError(f"{uri}, entry {number}: {problem}")
+        items.append(SlideInput(uri=slide, name=name, mpp_um=mpp_um, is_image=is_image))
+    if not items:
+        raise MissingObjectError(uri, "names no slides")
+    return items
+
+
+def _manifest_rows(uri: str) -> list[dict[str, str | None]]:
+    text = storage.read_bytes(uri, max_bytes=MAX_MANIFEST_BYTES).decode("utf-8-sig")
     rows: Iterable[dict[str, str | None]]
     if uri.lower().endswith(".txt"):
         lines = (line.split("#", maxsplit=1)[0].strip() for line in text.splitlines())
@@ -141,21 +177,18 @@ def _of_manifest(uri: str, *, is_image: bool) -> list[SlideInput]:
                 "may have mpp (um per level-0 px) and name"
             )
         rows = list(reader)
-    items = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            slide = storage.normalize((row["uri"] or "").strip())
-            said = (row.get("mpp") or "").strip()
-            mpp_um = float(said) if said else None
-        except ValueError as error:
-            raise CarnError(f"{uri}, entry {number}: {error}") from error
-        name = (row.get("name") or "").strip().strip("/") or storage.stem_of(slide)
-        if any(part in ("", ".", "..") for part in name.split("/")):
-            raise CarnError(f"{uri}, entry {number}: name {name!r} is no path below the output")
-        items.append(SlideInput(uri=slide, name=name, mpp_um=mpp_um, is_image=is_image))
-    if not items:
-        raise MissingObjectError(uri, "names no slides")
-    return items
+    return list(rows)
+
+
+def _problem_of(name: str) -> str | None:
+    """Why a slide's name cannot be that of its output."""
+    if not storage.is_below(name) or storage.CONTROL.search(name):
+        return f"name {name!r} is no path below the output"
+    if name.split("/", maxsplit=1)[0] in RESERVED:
+        return (
+            f"name {name!r} is below {name.split('/', maxsplit=1)[0]}, which is the program's own"
+        )
+    return None
 
 
 def _name(uri: str, base: str) -> str:
@@ -167,6 +200,8 @@ def _name(uri: str, base: str) -> str:
 
 
 def _identified(item: SlideInput) -> SlideInput:
+    if item.problem is not None:
+        return item
     try:
         size = storage.stat(item.uri).size
         return replace(item, identity=storage.identity(item.uri), size_bytes=size)

@@ -170,7 +170,8 @@ def test_tables_and_groups_of_an_object_store_read_their_part_alone(
     monkeypatch.setattr("carn.bcsr.dataset.ROWS_PER_GROUP", 1)
     noise = np.random.default_rng(1).integers(0, 256, (3, 1000, 1000, 3), dtype=np.uint8)
     images = [encode(pixels, "png") for pixels in noise]
-    rows = [row | {"encoding": "png"} for row in dataset.table("train").to_pylist()[:3]]
+    said = {"encoding": "png", "width_px": 1000, "height_px": 1000}
+    rows = [row | said for row in dataset.table("train").to_pylist()[:3]]
     content = shard_bytes(rows, images)
     assert len(content) > 9_000_000
     stub_s3.objects["b/set/tiles/shard.parquet"] = content

@@ -320,7 +320,7 @@ def test_a_directory_that_loops_is_refused(tmp_path: Path) -> None:
     # One directory whose "next" is itself.
     path = tmp_path / "a.tif"
     path.write_bytes(b"II*\0" + struct.pack("<IHI", 8, 0, 8))
-    refused(SlideError, path, "is not a slide|cannot be opened")
+    refused(SlideError, path, "lead in a circle")
 
 
 @pytest.mark.parametrize("compression", READERS.values())
