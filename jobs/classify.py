@@ -44,6 +44,7 @@ from carn.errors import (
     MissingObjectError,
     StorageError,
 )
+from carn.log_lines import start_logging
 from carn.training.engine import KEEPING_ENVIRONMENT
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.train_worker import Monitor, NodeAddressTorchConfig
@@ -129,7 +130,7 @@ class ClassifyJob:
 
 def main(job: ClassifyJob) -> int:
     """Train, test and sum up; returns the process's exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_logging()
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     begun = time.monotonic()
     plan = make_plan(job.study(), num_workers=job.workers.num_workers or 1)

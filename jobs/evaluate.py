@@ -33,6 +33,7 @@ from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.bcsr.degradation import SCALES
 from carn.errors import CarnError, DatasetError
 from carn.evaluation.crops import CropStrip, choose_tiles
+from carn.evaluation.lpips import load_lpips
 from carn.evaluation.scoring import Protocol
 from carn.evaluation.study import (
     Entrant,
@@ -41,10 +42,16 @@ from carn.evaluation.study import (
     bicubic,
     crop_uri,
     cut_crop,
+    describe_unfinished,
     find_entrants,
+    find_removed,
+    is_split_at_random,
+    judged,
+    note_took,
     read_crop,
     read_scores,
     read_timing,
+    read_took,
     score_stretch,
     score_uri,
     stretches,
@@ -52,12 +59,14 @@ from carn.evaluation.study import (
     timing_uri,
 )
 from carn.evaluation.timing import Timing
+from carn.log_lines import start_logging
 from carn.report.evaluation_summary import Scored, group_seeds, write_evaluation
 from carn.report.page import plural
 from carn.training.engine import KEEPING_ENVIRONMENT, keep_freed_memory
 from carn.training.tiles import dataset_digest
 from carn.version import code_version
 from jobs.ray_stage import ClusterError, progress, start_ray
+from jobs.trainer import failure_text
 
 logger = logging.getLogger("evaluate")
 
@@ -80,13 +89,14 @@ class ScoreConfig:
     """Scales that bicubic is scored at beside those of the runs."""
     removed: str | None = None
     """A second dataset, of tiles that the filter or the ranking removed: CARN is scored on the test
-    tiles and these as well, the paper's CARN*."""
+    tiles and these as well, the paper's CARN*. Of slides that the dataset has in training or
+    validation none count, unless it was split at random, as the paper's was."""
     max_removed: int | None = None
     """Tiles of it that count; the paper does not say how many. None for all."""
     lpips_alexnet: str | None = None
-    """AlexNet's weights (torchvision's state dict), to measure LPIPS with."""
+    """AlexNet's weights (torchvision's state dict, a path or s3:// URI), to measure LPIPS with."""
     lpips_linear: str | None = None
-    """LPIPS's own weights (v0.1, alex)."""
+    """LPIPS's own weights (v0.1, alex), likewise."""
 
     def __post_init__(self) -> None:
         for name in ("max_tiles", "max_removed"):
@@ -148,7 +158,8 @@ class EvaluateJob:
     dataset: str
     """Folder or s3:// prefix of a finished bcSR dataset."""
     runs: tuple[str, ...] = ()
-    """Training runs, checkpoints, weights files, or folders of runs."""
+    """Training runs, checkpoints, weights files, or folders of runs, of which the finished ones
+    count."""
     output: str = "evaluation"
     """Folder or s3:// prefix of the evaluation, which all nodes must share."""
     score: ScoreConfig
@@ -166,7 +177,7 @@ class EvaluateJob:
 
 def main(job: EvaluateJob) -> int:
     """Evaluate; returns the process's exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_logging()
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     evaluation = Evaluation(job)
     evaluation.prepare()
@@ -196,6 +207,10 @@ class Evaluation:
         self.machine = ""
         self._resources: dict[str, float] = {}
         self._node_cpus = 1.0
+        self._started = time.monotonic()
+        # What earlier runs of this evaluation took, and on what machine the last of them was.
+        self._took_before, self._machine_before = 0.0, ""
+        self._has_worked = False
 
     def prepare(self) -> None:
         """Find out before anything is started what there is to score.
@@ -205,7 +220,8 @@ class Evaluation:
         """
         score = self.job.score
         self.dataset = _opened(self.job.dataset, score.split)
-        self.entrants = find_entrants(self.job.runs)
+        self.entrants, unfinished = find_entrants(self.job.runs)
+        self.left_out = [describe_unfinished(entrant) for entrant in unfinished]
         scales = sorted({entrant.scale for entrant in self.entrants} | set(score.scales))
         if not scales:
             raise ValueError("nothing to score: name --runs, or --scales for bicubic alone")
@@ -213,6 +229,7 @@ class Evaluation:
         lpips = None
         if score.lpips_alexnet is not None and score.lpips_linear is not None:
             lpips = (storage.normalize(score.lpips_alexnet), storage.normalize(score.lpips_linear))
+            load_lpips(alexnet=lpips[0], linear=lpips[1])  # or every part would fail for them
         self.measure = Measure(
             dataset=self.dataset.uri,
             split=score.split,
@@ -224,20 +241,23 @@ class Evaluation:
         self.stretches = stretches(self.dataset.num_tiles(score.split), max_tiles=score.max_tiles)
         self.removed: BcsrDataset | None = None
         self.removed_stretches: list[Stretch] = []
+        self.num_seen = 0
         if score.removed is not None:
             self.removed = _opened(score.removed, "test")
             self.removed_stretches = self._find_removed(self.removed)
+        self._took_before, self._machine_before = read_took(self.output)
         storage.write_bytes(storage.join(self.output, "begun"), code_version().encode())
 
     def _find_removed(self, removed: BcsrDataset) -> list[Stretch]:
-        """The tiles of the second dataset that the first has in none of its splits."""
-        known = {
-            tile_id
-            for split in ("train", "validation", "test")
-            for tile_id in self.dataset.table(split)["tile_id"].to_pylist()
-        }
-        ids = removed.table("test")["tile_id"].to_pylist()
-        others = [number for number, tile_id in enumerate(ids) if tile_id not in known]
+        """The tiles of the second dataset that CARN* is scored on, see `find_removed`."""
+        others, self.num_seen = find_removed(self.dataset, removed)
+        if self.num_seen:
+            logger.warning("left out of CARN*: %s", self._said_of_seen(removed))
+        if not others and self.num_seen:
+            raise DatasetError(
+                f"nothing of {removed.uri} is left for CARN*: {self._said_of_seen(removed)}; build "
+                "it with the test slides of the first dataset alone"
+            )
         if not others:
             raise DatasetError(
                 f"every test tile of {removed.uri} is in {self.dataset.uri} already: --removed is "
@@ -246,9 +266,14 @@ class Evaluation:
         chosen = stretches(len(others), max_tiles=self.job.score.max_removed)
         return [Stretch(tiles=tuple(others[n] for n in item.tiles)) for item in chosen]
 
+    def _said_of_seen(self, removed: BcsrDataset) -> str:
+        return (
+            f"{plural(self.num_seen, 'test tile')} of {removed.uri} {_is(self.num_seen)} of slides "
+            f"that {self.dataset.uri} has in training or validation"
+        )
+
     def run(self) -> str:
         """Score, time and cut crops; write the tables and the page. Returns what to say."""
-        started = time.monotonic()
         parts = self._scoring()
         missing = [part for part in parts if not storage.is_file(part.uri)]
         logger.info(
@@ -261,12 +286,13 @@ class Evaluation:
         scored = self._collected()
         crops = self._crops(scored)
         timings = self._timings()
+        self._note_took()
         facts = {
             "dataset_uri": self.dataset.uri,
             "dataset_digest": self.digest,
             "code_version": code_version(),
-            "seconds": time.monotonic() - started,
-            "machine": self.machine,
+            "seconds": self._took(),
+            "machine": self.machine if self._has_worked else self._machine_before or self.machine,
             "notes": self._notes(),
             "settings": asdict(self.job),
         }
@@ -277,7 +303,20 @@ class Evaluation:
             crops=crops,
             facts=facts,
             failures=self.failures,
+            left_out=self.left_out,
         )
+
+    def _took(self) -> float:
+        """Seconds so far, earlier runs of this evaluation with them.
+
+        One that found nothing to do took none: the scores are no more expensive for it.
+        """
+        own = time.monotonic() - self._started if self._has_worked else 0.0
+        return self._took_before + own
+
+    def _note_took(self) -> None:
+        if self._has_worked:
+            note_took(self.output, seconds=self._took(), machine=self.machine)
 
     def _start(self) -> None:
         """Connect to Ray, and choose what a task has of it."""
@@ -385,8 +424,9 @@ class Evaluation:
             here = [i for i in scored if i.entrants[0].scale == scale and i.variant != "*"]
             if len(here) < 2:
                 continue
-            tables = {item.title: item.tables for item in here}
             shown = {item.title: item.entrants[0] for item in here}
+            deciding = judged(shown)
+            tables = {item.title: item.tables for item in here if item.title in deciding}
             for tile_id in choose_tiles(tables, n=self.job.figures.crops):
                 tile = ids.index(tile_id)
                 parts.append(
@@ -412,14 +452,18 @@ class Evaluation:
             return []
         ones = {(e.key, e.scale, e.architecture): e for e in reversed(self.entrants)}
         kind = f"{self.device}, {self._node_cpus:g} CPUs"
-        timed = [(e, timing_uri(self.output, e, machine=kind)) for e in ones.values()]
+        options: Any = {
+            "repeats": figures.timing_repeats,
+            "max_seconds": figures.timing_seconds,
+        }
+        timed = [(e, timing_uri(self.output, e, machine=kind, **options)) for e in ones.values()]
         for entrant, uri in timed:
             part = Part(
                 uri=uri,
                 name=f"timing of {entrant.title} x{entrant.scale}",
                 call=time_entrant,
                 arguments=(entrant,),
-                options={"repeats": figures.timing_repeats, "max_seconds": figures.timing_seconds},
+                options=options,
             )
             self._do([part], f"timing {entrant.title} x{entrant.scale}", is_alone=True)
         found = [(entrant, read_timing(uri)) for entrant, uri in timed]
@@ -436,6 +480,7 @@ class Evaluation:
             # All of a machine's CPUs: nothing else of this cluster runs beside it.
             resources = {"num_cpus": 1.0 if is_cuda else self._node_cpus, "num_gpus": 1.0 * is_cuda}
         threads = max(1, int(resources["num_cpus"]))
+        self._has_worked = True
         started = said = time.monotonic()
         to_first = 0.0
         for number, (part, reason) in enumerate(
@@ -449,6 +494,7 @@ class Evaluation:
             to_first = to_first or now - started
             if now - said >= self.job.tasks.progress_s or number == len(open_parts):
                 said = now
+                self._note_took()
                 text = progress(
                     number, len(open_parts), seconds=now - started, seconds_to_first=to_first
                 )
@@ -468,8 +514,7 @@ class Evaluation:
                 f"{names}: trained on another dataset or an unknown one; whether that held these "
                 "tiles is not known here."
             )
-        split = self.dataset.manifest.get("config", {}).get("select", {}).get("split")
-        if split == "paper":
+        if is_split_at_random(self.dataset):
             notes.append(
                 "The dataset was split at random, as in the paper: tiles of one slide are in "
                 "training and test, and may overlap. Scores are too good by an unknown amount."
@@ -481,12 +526,28 @@ class Evaluation:
                 "LR is made as the paper's x3: where the scale does not divide a tile's side, SR "
                 "is off HR by up to a pixel, and every score is lower for it."
             )
+        elif any(entrant.scale == 3 for entrant in self.entrants):
+            notes.append(
+                "At ×3 LR and HR are aligned here. The paper does not say so, but its ×3 scores "
+                "are most likely of LR that is off by up to a pixel (nothing else explains how "
+                "little they lie above ×4), and lower for it: --protocol misaligned is like them."
+            )
         if self.removed is not None:
             count = sum(len(stretch.tiles) for stretch in self.removed_stretches)
             notes.append(
                 f"CARN*: the test tiles and {count} of {self.removed.uri} that are in no split."
+                + (f" Left out: {self._said_of_seen(self.removed)}." if self.num_seen else "")
             )
+            if is_split_at_random(self.dataset):
+                notes.append(
+                    "CARN*: tiles of slides that are in training count, too, as they do among the "
+                    "test tiles of a random split."
+                )
         return notes
+
+
+def _is(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _opened(uri: str, split: str) -> BcsrDataset:
@@ -513,6 +574,9 @@ def _done(
         part = running.pop(reference)
         try:
             reason = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            # Raised by the part itself, and so not tried again.
+            reason = failure_text(error)
         except ray.exceptions.RayError as error:
             reason = f"its process died {MAX_RETRIES + 1} times: {str(error).splitlines()[0]}"
         yield part, reason

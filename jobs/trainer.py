@@ -65,5 +65,10 @@ def cause_of(monitor: Any, error: Exception) -> Exception:
     with contextlib.suppress(ray.exceptions.RayError):
         if (fatal := fatal_of(monitor)) is not None:
             return fatal
+    return RunError(failure_text(error))
+
+
+def failure_text(error: BaseException) -> str:
+    """The last line of an error that Ray has wrapped in others: what was raised at first."""
     lines = str(error).strip().splitlines()
-    return RunError(lines[-1] if lines else type(error).__name__)
+    return lines[-1] if lines else type(error).__name__

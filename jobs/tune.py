@@ -49,12 +49,11 @@ from carn.tuning.space import Point, Space, label_of, read_space
 from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial, steps_of
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.train import check_dataset
-from jobs.trainer import call_in_thread
+from jobs.trainer import call_in_thread, failure_text
 from jobs.tune_trials import (
     METRIC,
     Setup,
     Watch,
-    failure_text,
     finished_suggestions,
     make_search,
     quiet_tune,

@@ -23,6 +23,7 @@ from carn.tuning.space import Choices, Interval, Space, label_of
 from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial, steps_of
 from jobs.ray_stage import duration
 from jobs.train_worker import Monitor, WorkerTask, make_trainer
+from jobs.trainer import failure_text
 
 logger = logging.getLogger("tune")
 
@@ -289,9 +290,3 @@ def quiet_tune() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def failure_text(error: BaseException) -> str:
-    """The last line of an error that Ray has wrapped in others."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

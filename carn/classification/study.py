@@ -21,7 +21,7 @@ from carn.classification.classifier_folder import FINISHED, Trained, load_classi
 from carn.classification.config import StudyConfig
 from carn.classification.crop_store import PictureSource, load_crops
 from carn.classification.crops import Corpus, CropIndex, Split, check_index, draw_subset
-from carn.classification.examples import write_examples
+from carn.classification.examples import examples_uri, write_examples
 from carn.classification.kinds import GT, Kind, find_kinds
 from carn.classification.loop import Event, check_batch, train_classifier
 from carn.classification.pcam import open_pcam
@@ -156,17 +156,28 @@ def begin(plan: Plan, *, overwrite: bool) -> None:
 
 
 def is_finished(plan: Plan) -> bool:
-    """Whether every classifier is trained and every kind tested."""
-    for corpus in plan.corpora:
-        for trained_on, kinds in plan.pairs():
-            trained = read_trained(corpus.classifier_uri(trained_on))
-            if trained is None:
+    """Whether every classifier is trained, every kind tested, and the page's examples are made."""
+    return all(_is_done(plan, corpus) for corpus in plan.corpora)
+
+
+def _is_done(plan: Plan, corpus: CorpusPlan) -> bool:
+    tables = {}
+    for trained_on, kinds in plan.pairs():
+        trained = read_trained(corpus.classifier_uri(trained_on))
+        if trained is None:
+            return False
+        for kind in kinds:
+            uri = corpus.predictions_uri(trained_on, kind.key)
+            table = read_predictions(uri, classifier_sha256=trained.weights_sha256)
+            if table is None:
                 return False
-            for kind in kinds:
-                uri = corpus.predictions_uri(trained_on, kind.key)
-                if read_predictions(uri, classifier_sha256=trained.weights_sha256) is None:
-                    return False
-    return True
+            tables[kind.key] = table
+    # They are of the very kinds that are compared: with fewer of them, others are the examples.
+    return storage.is_file(
+        examples_uri(
+            corpus.work_uri, kinds=plan.kinds, train_on=plan.config.train_on, tables=tables
+        )
+    )
 
 
 def run_study(config: StudyConfig, *, on_event: Callable[[Event], None] = lambda _: None) -> None:

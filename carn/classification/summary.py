@@ -28,7 +28,9 @@ from carn.classification.statistics import (
     roc_curve,
 )
 from carn.classification.study import CorpusPlan, Plan, read_table
-from carn.evaluation.published import TABLE_5
+from carn.errors import DatasetError
+from carn.evaluation.published import TABLE_5, row_of
+from carn.evaluation.statistics import FEW_SLIDES
 from carn.models.checkpoint import checkpoint_hash
 from carn.report.classify_report import (
     ClassifyReport,
@@ -47,8 +49,8 @@ from carn.version import code_version
 TABLE = "table.csv"
 SUMMARY = "summary.json"
 REPORT = "report.html"
-# With fewer slides than this, percentiles over resamples of them say little.
-FEW_SLIDES = 10
+# Whose accuracies the paper's Table 5 has, of which crops. Source: the section on Table 5.
+PAPER_DEPTH, PAPER_CROP_PX = 50, {"bcsr": 128, "pcam": 96}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,13 @@ def collect(plan: Plan, corpus: CorpusPlan) -> list[Result]:
                 auc=auc_estimate(probability, label, slides),
                 over_gt=over[GT],
                 over_bicubic=over[BICUBIC],
-                paper=_published(kind, corpus, scale=plan.config.crops.scale),
+                paper=published_accuracy(
+                    kind,
+                    corpus=corpus.corpus.name,
+                    crop_px=corpus.corpus.crop_px,
+                    scale=plan.config.crops.scale,
+                    depth=plan.config.classifier.depth,
+                ),
             )
         )
     return results
@@ -182,13 +190,26 @@ def table_csv(results: list[Result]) -> str:
 # --------------------------------------------------------------------------------------- summary
 
 
-def _published(kind: Kind, corpus: CorpusPlan, *, scale: int) -> float | None:
-    """What the paper's Table 5, which is of x2, says of a kind, 0..1."""
-    if scale != 2:
+def published_accuracy(
+    kind: Kind, *, corpus: str, crop_px: int, scale: int, depth: int
+) -> float | None:
+    """What the paper's Table 5 says of a kind, 0..1; None where what is classified is not its.
+
+    It is of x2, a ResNet-50, crops of 128 px (of PCam's images of 96 px), and of networks of one
+    size and loss each.
+
+    Args:
+        kind: of pictures.
+        corpus: `bcsr` or `pcam`.
+        crop_px: side of a crop, px of HR.
+        scale: SR factor.
+        depth: of the classifier.
+    """
+    if scale != 2 or depth != PAPER_DEPTH or crop_px != PAPER_CROP_PX[corpus]:
         return None
-    key = kind.model_name or kind.key
-    numbers = TABLE_5.get(key)
-    return None if numbers is None else numbers[1 if corpus.corpus.name == "pcam" else 0] / 100
+    key = row_of(kind.checkpoint) if kind.checkpoint is not None else kind.key
+    numbers = None if key is None else TABLE_5.get(key)
+    return None if numbers is None else numbers[1 if corpus == "pcam" else 0] / 100
 
 
 def _settings(config: StudyConfig) -> dict[str, object]:
@@ -370,7 +391,24 @@ def _notes(plan: Plan, corpus: CorpusPlan, results: list[Result]) -> tuple[str, 
     if shared:
         notes.append(
             f"{plural(len(shared), 'slide')} of the test {'is' if len(shared) == 1 else 'are'} in "
-            "the training split, too: accuracies are of tissue that the classifier has partly seen."
+            "the training split, too: accuracies are of tissue that the classifier, and models "
+            "trained on this dataset, have partly seen."
+        )
+    others = [
+        kind.title
+        for kind in plan.kinds
+        if kind.checkpoint is not None
+        and (kind.checkpoint.dataset or {}).get("digest") != corpus.corpus.digest
+    ]
+    if others:
+        cut = (
+            " PCam is cut from CAMELYON16's slides, of which bcSR is made, too."
+            if corpus.corpus.name == "pcam"
+            else ""
+        )
+        notes.append(
+            f"{', '.join(others)}: trained to super-resolve on another dataset or an unknown one; "
+            f"whether that held slides of the test is not known here.{cut}"
         )
     (low, high) = sorted(corpus.crops["test"].class_counts().values())
     if high > 1.5 * low:
@@ -409,7 +447,7 @@ def _examples(
         corpus.work_uri, kinds=plan.kinds, train_on=plan.config.train_on, tables=tables
     )
     if not storage.is_file(uri):
-        return ()
+        raise DatasetError(f"{uri} is not there; run again, and the examples are made")
     rows = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
     titles = {kind.key: kind.title for kind in plan.kinds}
     grouped: dict[int, list[dict[str, Any]]] = {}

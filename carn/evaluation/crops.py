@@ -1,6 +1,6 @@
 """Crops to look at, chosen by rule and not by taste: where the models differ most."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,7 @@ def crop_strip(
     scale: int,
     protocol: Protocol,
     side_px: int = CROP_PX,
+    judged: Collection[str] | None = None,
 ) -> CropStrip:
     """The place of a tile where the models differ most, as HR, LR and each of them have it.
 
@@ -142,6 +143,7 @@ def crop_strip(
         scale: the models'.
         protocol: how LR is made.
         side_px: of the crop in HR px; the next multiple of the scale below, and at most the tile's.
+        judged: names of the models whose differences decide the place; None for all.
 
     Raises:
         ValueError: a side below one LR px; as `pair` and `super_resolve`.
@@ -157,7 +159,8 @@ def crop_strip(
         for title, model in models.items()
     }
     step = max(1, side // scale // 2) * scale
-    x, y = choose_place(target, results, side_px=side, step_px=step)
+    deciding = {t: sr for t, sr in results.items() if judged is None or t in judged}
+    x, y = choose_place(target, deciding, side_px=side, step_px=step)
     place = (slice(y, y + side), slice(x, x + side))
     small = lr[y // scale : (y + side) // scale, x // scale : (x + side) // scale]
     pictures: list[tuple[str, bytes, float | None]] = [

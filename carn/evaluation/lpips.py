@@ -3,7 +3,6 @@
 Its weights are trained and published by others; they are read from files and never downloaded.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,10 @@ import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 from torch.nn import functional
+
+from carn import storage
+from carn.errors import MissingObjectError
+from carn.models.pickled import MAX_WEIGHTS_BYTES, load_pickled
 
 # (index in torchvision's `features`, out channels, in channels, kernel, stride, padding, whether a
 # 3 x 3 pooling of stride 2 comes before).
@@ -109,14 +112,16 @@ def load_lpips(*, alexnet: str | Path, linear: str | Path) -> Lpips:
     """LPIPS by weights in two files, which are read without executing anything in them.
 
     Args:
-        alexnet: a state dict of torchvision's AlexNet trained on ImageNet, with
-            `features.0.weight`, ... (published as alexnet-owt-<hash>.pth); its classifier is
-            not used.
-        linear: the weights of version 0.1 for AlexNet, with `lin0.model.1.weight`, ... (published
-            as lpips/weights/v0.1/alex.pth in https://github.com/richzhang/PerceptualSimilarity).
+        alexnet: local path or s3:// URI of a state dict of torchvision's AlexNet trained on
+            ImageNet, with `features.0.weight`, ... (published as alexnet-owt-<hash>.pth); its
+            classifier is not used.
+        linear: likewise, the weights of version 0.1 for AlexNet, with `lin0.model.1.weight`, ...
+            (published as lpips/weights/v0.1/alex.pth in
+            https://github.com/richzhang/PerceptualSimilarity).
 
     Raises:
         ValueError: a file is missing, is no state dict, or one of other layers.
+        AccessDeniedError, StorageError: storage does not let one be read.
     """
     features, lins = _state_dict(alexnet), _state_dict(linear)
     kernels, biases, weights = [], [], []
@@ -133,10 +138,11 @@ def load_lpips(*, alexnet: str | Path, linear: str | Path) -> Lpips:
 
 def _state_dict(path: str | Path) -> Mapping[object, object]:
     try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+        packed = storage.read_bytes(storage.normalize(path), max_bytes=MAX_WEIGHTS_BYTES)
+        content = load_pickled(packed)
+    except MissingObjectError as error:
         raise ValueError(f"{path} cannot be read ({error}); give a file that is there") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is no state dict that torch.load(weights_only=True) reads"
         ) from error

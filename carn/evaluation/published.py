@@ -7,14 +7,24 @@ Figures 5 and 6 (crops, and PSNR over epochs) are pictures without numbers.
 Source: Jia et al. 2023, https://doi.org/10.7717/peerj-cs.1196 (CC BY 4.0).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any, cast
+
+from carn.models.checkpoint import Checkpoint
+from carn.models.table import MODELS, ModelName
+from carn.training.config import OWN_OBJECTIVES, default_loss
+from carn.training.loss import LossConfig
 
 # Beside the keys of MODELS: CARN by mean squared error alone, and CARN*, tested on more tiles.
 CARN_MSE = "carn-mse"
 CARN_STAR = "carn-star"
 
 SCALES = (2, 3, 4, 8)
+
+# Of a network's config: not what it is, but what the dataset it is trained on looks like.
+_OF_THE_DATASET = ("mean", "pixel_range")
 
 TABLE_1: Mapping[str, float] = MappingProxyType(
     {
@@ -93,3 +103,59 @@ TABLE_5: Mapping[str, tuple[float, float]] = MappingProxyType(
 
 FIGURE_4: Mapping[int, float] = MappingProxyType({2: 0.0283, 4: 0.0342})
 """Figure 4: CARN's seconds an image (1024 px HR) by scale, on an RTX 3090."""
+
+
+def row_of(checkpoint: Checkpoint) -> str | None:
+    """The row of these tables that a trained network is, such as `edsr` or CARN_MSE.
+
+    None for a network of another size, for one that was trained by another loss, and for weights
+    that do not say how they were trained. How long and on what it was trained does not matter.
+    """
+    if checkpoint.training is None or architecture_changes(checkpoint):
+        return None
+    if loss_of(checkpoint) == "mse" and checkpoint.model_name == "carn":
+        return CARN_MSE
+    return None if loss_changes(checkpoint) else checkpoint.model_name
+
+
+def architecture_changes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What tells a network from the one that the paper compares, such as `num_blocks=4`."""
+    defaults = MODELS[cast(ModelName, checkpoint.model_name)].config()
+    return tuple(
+        f"{name}={value}"
+        for name, value in checkpoint.model_config.items()
+        if name not in _OF_THE_DATASET and value != getattr(defaults, name, value)
+    )
+
+
+def loss_changes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What tells the loss of a training from the network's in the paper, such as `loss=l1`."""
+    own = _loss_of_the_paper(cast(ModelName, checkpoint.model_name))
+    loss = loss_of(checkpoint)
+    if loss is None or own is None:
+        return ()
+    if loss != own.loss:
+        return (f"loss={loss}",)
+    weights = _loss_settings(checkpoint)
+    names = [field.name for field in dataclasses.fields(own) if field.name != "loss"]
+    changed = [n for n in names if weights.get(n, getattr(own, n)) != getattr(own, n)]
+    return tuple(f"{name}={weights[name]}" for name in changed)
+
+
+def loss_of(checkpoint: Checkpoint) -> str | None:
+    """The name of the loss that a network was trained by; None where it has its own, or none."""
+    if checkpoint.training is None:
+        return None
+    name: str | None = _loss_settings(checkpoint).get("loss")
+    own = _loss_of_the_paper(cast(ModelName, checkpoint.model_name))
+    if name is None and own is not None:
+        return own.loss
+    return name
+
+
+def _loss_of_the_paper(model: ModelName) -> LossConfig | None:
+    return None if model in OWN_OBJECTIVES else default_loss(model)
+
+
+def _loss_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    return (checkpoint.training or {}).get("loss") or {}

@@ -17,6 +17,8 @@ _PSNRS = ("psnr_db", "psnr_y_db")
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
+FEW_SLIDES = 10
+"""With fewer slides than this, percentiles over resamples of them say little."""
 
 # Resamples drawn at once: bounds the memory, whatever the number of tiles.
 _DRAWN_AT_ONCE = 500

@@ -3,6 +3,7 @@ which tiles, and what is kept of it.
 
     scores/<digest>-<tiles>.parquet    one entrant on one stretch of tiles
     timings/<digest>.json              one entrant on one machine
+    took.json                          how long all this took so far, and on what machine
     crops/<digest>-<number>.json       one crop of all entrants of a scale
     scores.parquet, table2.csv, significance.csv, timings.csv, summary.json, report.html
 """
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from carn.bcsr.dataset import BcsrDataset, group_tiles
 from carn.errors import CheckpointError, MissingObjectError
 from carn.evaluation.crops import CropStrip, crop_strip
 from carn.evaluation.lpips import Lpips, load_lpips
+from carn.evaluation.published import architecture_changes, loss_changes, loss_of, row_of
 from carn.evaluation.scoring import SCORES, Protocol, score_tiles
 from carn.evaluation.timing import Timing, paper_lr_px, time_model
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
@@ -36,9 +39,11 @@ from carn.slides.slide import Rgb
 from carn.training.recipes import flat
 from carn.version import code_version
 
+logger = logging.getLogger(__name__)
+
 # Tiles that are scored at a stretch: what is lost when a process is.
 TILES_PER_STRETCH = 8
-BEST = "best.json"
+BEST, LAST, TOOK = "best.json", "last.json", "took.json"
 # Networks that a process keeps at hand.
 MAX_MODELS = 4
 
@@ -59,9 +64,13 @@ class Entrant:
         architecture: what tells the network from the paper's, such as "num_blocks=4".
         settings: the same, and what else tells it from others of its name.
         recipe: hash of how it was trained but for its seed: equal ones are averaged.
-        steps: updates that it was trained for.
+        steps: updates that were done in its training; None where nobody knows.
+        planned_steps: updates that its training was to have.
+        best_step: the update after which its weights were taken, as the best of its training.
+        validation_psnr_db: of its weights in training; None where nobody knows.
         trained_on: digest of its dataset.
         training: settings of its training by name, as text.
+        paper_row: of the paper's tables, see `carn.evaluation.published.row_of`.
     """
 
     key: str
@@ -74,8 +83,17 @@ class Entrant:
     settings: str
     recipe: str
     steps: int | None
+    planned_steps: int | None
+    best_step: int | None
+    validation_psnr_db: float | None
     trained_on: str
     training: tuple[tuple[str, str], ...] = ()
+    paper_row: str | None = None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether its training was to go on."""
+        return None not in (self.steps, self.planned_steps) and self.steps != self.planned_steps
 
     @property
     def title(self) -> str:
@@ -122,21 +140,40 @@ class Stretch:
         return _digest(list(self.tiles))[:10]
 
 
-def find_entrants(uris: Sequence[str]) -> list[Entrant]:
+def find_entrants(uris: Sequence[str]) -> tuple[list[Entrant], list[Entrant]]:
     """The networks that runs, checkpoints and folders of runs hold.
+
+    Of the runs below a folder only the finished ones count: one that was interrupted, stopped by a
+    scheduler or diverged would otherwise be averaged with the seeds that went on to the end. A run
+    that is named itself counts as it is.
 
     Args:
         uris: each a run's folder (its best checkpoint counts), a checkpoint, a weights file, or a
             folder whose folders are runs.
 
+    Returns:
+        Those that are scored, and unfinished ones that are left out.
+
     Raises:
-        CheckpointError: one holds none.
+        CheckpointError: one holds none, or only unfinished ones.
         ValueError: the same weights twice.
     """
-    entrants = []
+    entrants: list[Entrant] = []
+    left_out: list[Entrant] = []
     for uri in uris:
-        places = _runs_of(storage.normalize(uri).rstrip("/"))
-        entrants += [_entrant(read_checkpoint(place)) for place in places]
+        place = storage.normalize(uri).rstrip("/")
+        runs = _runs_of(place)
+        found = [_entrant_of(run) for run in runs]
+        finished = [entrant for entrant in found if runs == [place] or not entrant.is_unfinished]
+        if not finished:
+            raise CheckpointError(
+                f"{uri} holds no finished run ({len(found)} are not); name a run itself to have it "
+                "scored as it is"
+            )
+        entrants += finished
+        left_out += [entrant for entrant in found if entrant not in finished]
+    for entrant in left_out:
+        logger.warning("left out, its training is not finished: %s", describe_unfinished(entrant))
     seen: dict[str, str] = {}
     for entrant in entrants:
         if entrant.checkpoint_hash in seen:
@@ -145,7 +182,13 @@ def find_entrants(uris: Sequence[str]) -> list[Entrant]:
                 "name each once"
             )
         seen[entrant.checkpoint_hash] = str(entrant.checkpoint)
-    return entrants
+    return entrants, left_out
+
+
+def describe_unfinished(entrant: Entrant) -> str:
+    """Where an unfinished run is, and how far it has come."""
+    run = _run_of(str(entrant.checkpoint))
+    return f"{run} (update {entrant.steps:,} of {entrant.planned_steps:,})"
 
 
 def _runs_of(uri: str) -> list[str]:
@@ -165,23 +208,43 @@ def _runs_of(uri: str) -> list[str]:
         return below
 
 
-def _entrant(checkpoint: Checkpoint) -> Entrant:
-    training = dict(checkpoint.training or {})
+def _run_of(checkpoint: str) -> str:
+    """The folder of the run that a checkpoint is of; itself where it is of none."""
+    return checkpoint.rpartition("/checkpoints/")[0] or checkpoint
+
+
+def _entrant_of(place: str) -> Entrant:
+    """What a run (by its best checkpoint), a checkpoint or a weights file is."""
+    checkpoint = read_checkpoint(place)
+    folder, _, name = place.rpartition("/")
+    if checkpoint.uri in (place, folder):
+        # Named itself: what came after it in its training is of no interest.
+        return _entrant(checkpoint, last=checkpoint)
+    run = folder if name in (BEST, LAST) else place
+    try:
+        return _entrant(checkpoint, last=read_checkpoint(storage.join(run, LAST)))
+    except CheckpointError as error:
+        logger.warning("%s: how far its training went is not known: %s", run, error)
+        return _entrant(checkpoint, last=None)
+
+
+def _entrant(checkpoint: Checkpoint, *, last: Checkpoint | None) -> Entrant:
+    """An entrant by its weights and by the last checkpoint of its training."""
+    # A run may have been made longer after its best validation.
+    training = dict((last or checkpoint).training or {})
     seed = training.pop("seed", None)
-    loss = (training.get("loss") or {}).get("loss")
-    key: Any = checkpoint.model_name
-    defaults = MODELS[key].config()
-    changed = [
-        f"{name}={value}"
-        for name, value in checkpoint.model_config.items()
-        if name in ("num_blocks", "channels", "reduction")
-        and value != getattr(defaults, name, value)
-    ]
+    planned_steps = training.get("steps")
+    architecture = architecture_changes(checkpoint)
+    is_mse = checkpoint.model_name == "carn" and loss_of(checkpoint) == "mse"
+    changed = architecture if is_mse else (*architecture, *loss_changes(checkpoint))
+    steps = None if last is None else last.step
     dataset = dict(checkpoint.dataset or {})
     recipe = {
         "training": training,
         "config": {k: v for k, v in checkpoint.model_config.items() if k != "mean"},
         "dataset": dataset.get("digest"),
+        # One that was cut short is no other seed of one that was not.
+        "steps": steps,
         # Weights from elsewhere say nothing of how they came about.
         "weights": None if training else checkpoint.weights_sha256,
     }
@@ -191,13 +254,20 @@ def _entrant(checkpoint: Checkpoint) -> Entrant:
         checkpoint=checkpoint.uri,
         checkpoint_hash=checkpoint_hash(checkpoint),
         seed=None if seed is None else int(seed),
-        variant="MSE" if checkpoint.model_name == "carn" and loss == "mse" else "",
-        architecture=", ".join(changed),
+        variant="MSE" if is_mse else "",
+        architecture=", ".join(architecture),
         settings=", ".join(changed),
         recipe=_digest(recipe),
-        steps=checkpoint.step,
+        steps=steps,
+        planned_steps=None if planned_steps is None else int(planned_steps),
+        best_step=checkpoint.step if training else None,
+        validation_psnr_db=checkpoint.metrics.get("psnr"),
         trained_on=str(dataset.get("digest") or ""),
-        training=tuple((name, f"{value}") for name, value in sorted(flat(training).items())),
+        training=tuple(
+            (name, f"{value}")
+            for name, value in sorted((flat(training) | {"updates_done": steps}).items())
+        ),
+        paper_row=row_of(checkpoint),
     )
 
 
@@ -214,7 +284,11 @@ def bicubic(scale: int) -> Entrant:
         settings="",
         recipe="bicubic",
         steps=None,
+        planned_steps=None,
+        best_step=None,
+        validation_psnr_db=None,
         trained_on="",
+        paper_row="bicubic",
     )
 
 
@@ -314,9 +388,12 @@ def read_scores(uri: str) -> pa.Table | None:
         return None
 
 
-def timing_uri(output: str, entrant: Entrant, *, machine: str) -> str:
-    """Where the timing of an entrant on a kind of machine is kept."""
-    name = _digest([entrant.key, entrant.scale, entrant.architecture, machine, code_version()])
+def timing_uri(
+    output: str, entrant: Entrant, *, machine: str, repeats: int, max_seconds: float
+) -> str:
+    """Where the timing of an entrant on a kind of machine is kept, with so much care."""
+    network = [entrant.key, entrant.scale, entrant.architecture]
+    name = _digest([*network, machine, repeats, max_seconds, code_version()])
     return storage.join(output, "timings", f"{name}.json")
 
 
@@ -333,6 +410,25 @@ def time_entrant(entrant: Entrant, *, device: str, repeats: int, max_seconds: fl
     return json.dumps(asdict(timing)).encode()
 
 
+def read_took(output: str) -> tuple[float, str]:
+    """Seconds that an evaluation took so far, and on what machine; 0 where nothing is known."""
+    try:
+        content = json.loads(storage.read_bytes(storage.join(output, TOOK)))
+        return float(content["seconds"]), str(content["machine"])
+    except (MissingObjectError, ValueError, KeyError, TypeError):
+        return 0.0, ""
+
+
+def note_took(output: str, *, seconds: float, machine: str) -> None:
+    """Keep how long an evaluation took so far.
+
+    Raises:
+        AccessDeniedError, StorageError: it cannot be written.
+    """
+    text = json.dumps({"seconds": round(seconds, 1), "machine": machine}) + "\n"
+    storage.write_bytes(storage.join(output, TOOK), text.encode())
+
+
 def read_timing(uri: str) -> Timing | None:
     """A timing that was kept; None where there is none."""
     try:
@@ -342,6 +438,16 @@ def read_timing(uri: str) -> Timing | None:
     content["lr_px"] = tuple(content["lr_px"])
     content["seconds_iqr"] = tuple(content["seconds_iqr"])
     return Timing(**content)
+
+
+def judged(entrants: Mapping[str, Entrant]) -> list[str]:
+    """The names of those whose differences decide which crops are shown.
+
+    Bicubic interpolation differs most from whatever is trained, everywhere: it counts only where
+    there are no two networks.
+    """
+    trained = [name for name, entrant in entrants.items() if entrant.checkpoint is not None]
+    return trained if len(trained) > 1 else list(entrants)
 
 
 def crop_uri(output: str, entrants: Mapping[str, Entrant], tile: int, *, measure: str) -> str:
@@ -360,11 +466,13 @@ def cut_crop(
     measure: Measure,
     device: str,
 ) -> bytes:
-    """The place of a tile where entrants differ most, as JSON with PNGs."""
+    """The place of a tile where networks differ most, as JSON with PNGs; see `judged`."""
     ((row, hr),) = read_tiles(dataset, measure.split, [tile])
     scale = next(iter(entrants.values())).scale
     models = {name: model_of(entrant, device) for name, entrant in entrants.items()}
-    strip = crop_strip(models, row, hr, scale=scale, protocol=measure.protocol)
+    strip = crop_strip(
+        models, row, hr, scale=scale, protocol=measure.protocol, judged=judged(entrants)
+    )
     pictures = [
         [name, base64.b64encode(png).decode(), psnr_db] for name, png, psnr_db in strip.pictures
     ]
@@ -381,6 +489,40 @@ def read_crop(uri: str) -> CropStrip | None:
         (name, base64.b64decode(png), psnr_db) for name, png, psnr_db in content["pictures"]
     )
     return CropStrip(**content)
+
+
+def find_removed(dataset: BcsrDataset, removed: BcsrDataset) -> tuple[list[int], int]:
+    """Test tiles of a second dataset that a network trained on the first has not seen.
+
+    That is: none that the first has in any of its splits, and none of a slide (or of whatever its
+    split kept together) that it has in training or validation, whose tissue the network knows.
+    The second dataset was split by itself, so its test slides may be among them. Where the first
+    was split at random, its own test tiles are of such slides, too, and these are kept.
+
+    Returns:
+        Their numbers, ascending, and how many others were left out for their slides.
+    """
+    select = dataset.manifest.get("config", {}).get("select", {})
+    regex = select.get("group_regex")
+    tables = {split: dataset.table(split) for split in ("train", "validation", "test")}
+    known = {tile_id for table in tables.values() for tile_id in table["tile_id"].to_pylist()}
+    seen = {
+        group_of(slide, regex)
+        for split in ("train", "validation")
+        for slide in tables[split]["slide"].to_pylist()
+    }
+    if is_split_at_random(dataset):
+        seen = set()
+    rows = removed.table("test").select(["tile_id", "slide"]).to_pylist()
+    others = [number for number, row in enumerate(rows) if row["tile_id"] not in known]
+    unseen = [number for number in others if group_of(rows[number]["slide"], regex) not in seen]
+    return unseen, len(others) - len(unseen)
+
+
+def is_split_at_random(dataset: BcsrDataset) -> bool:
+    """Whether tiles of one slide may be on several sides of its split, as in the paper."""
+    split: str | None = dataset.manifest.get("config", {}).get("select", {}).get("split")
+    return split == "paper"
 
 
 def _digest(content: object) -> str:

@@ -196,7 +196,7 @@ def judge(corpus: CorpusReport) -> tuple[bool, str] | None:
     gain = f"{best.title}: {format_percent2(best.accuracy.value)} % accuracy, "
     gain += f"{format_points(value)} points to bicubic"
     if low is None or high is None:
-        return value > 0, f"{gain} (one slide: no interval)."
+        return False, f"{gain} (one slide: no interval, and nothing to say of other slides)."
     gain += f" (95 % interval {format_points(low)} to {format_points(high)})"
     if low > 0:
         return True, f"{gain}: better than bicubic."

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Variant = Literal["", "MSE", "*"]
+Unit = Literal["slide", "tile"]
+
+# A difference is more than chance where its p, corrected for the number of comparisons, is lower.
+ALPHA = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +23,17 @@ class ModelRow:
         num_seeds, seeds: of the trainings that are averaged; none where nothing is trained.
         psnr_db, psnr_std: dB, RGB. Spreads are over the seeds; None where there are not two.
         ssim, ssim_std: RGB.
-        psnr_y_db, ssim_y: of the Y channel.
-        lpips: None where it was not measured; less is better.
+        psnr_y_db, psnr_y_std, ssim_y, ssim_y_std: of the Y channel.
+        lpips, lpips_std: None where it was not measured; less is better.
         params: trainable parameters, 0 for none.
         flops: of one LR image, stated in the notes; 0 for none.
         steps: updates that it was trained for; None where nothing is trained or nobody knows.
+        planned_steps: updates that its training was to have; likewise.
+        best_steps: of each seed, the updates after which its weights were taken, as the best of its
+            training; none where nobody knows.
         trained_on: a short digest of the dataset; "" where nothing is trained.
         paper_psnr_db, paper_ssim: of the same row of the paper's Table 2.
+        paper_params: millions, of its Table 1, which is of x2.
     """
 
     model: str
@@ -39,14 +47,20 @@ class ModelRow:
     ssim: float
     ssim_std: float | None
     psnr_y_db: float
+    psnr_y_std: float | None
     ssim_y: float
+    ssim_y_std: float | None
     lpips: float | None
+    lpips_std: float | None
     params: int
     flops: int
     steps: int | None
+    planned_steps: int | None
+    best_steps: tuple[int, ...]
     trained_on: str
     paper_psnr_db: float | None
     paper_ssim: float | None
+    paper_params: float | None
 
     @property
     def title(self) -> str:
@@ -65,6 +79,8 @@ class Comparison:
         low_db, high_db: the 95 % interval of the difference; None where it could not be had.
         p: of a test of no difference; None where all tiles are equal.
         p_holm: the same, corrected for the number of comparisons.
+        ssim_difference, ssim_low, ssim_high, ssim_p, ssim_p_holm: the same of SSIM.
+        unit: what intervals and tests are over: slides, or the tiles where all are of one slide.
         num_tiles, num_slides: what was compared.
     """
 
@@ -76,8 +92,26 @@ class Comparison:
     high_db: float | None
     p: float | None
     p_holm: float | None
+    ssim_difference: float
+    ssim_low: float | None
+    ssim_high: float | None
+    ssim_p: float | None
+    ssim_p_holm: float | None
+    unit: Unit
     num_tiles: int
     num_slides: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than chance, on slides like these: by its interval and its test.
+
+        Both, since the interval is too narrow where slides are few. Tiles of one slide are alike,
+        and whatever they say of it, they say nothing of another.
+        """
+        low, high, p = self.low_db, self.high_db, self.p_holm
+        if self.unit != "slide" or low is None or high is None or p is None:
+            return False
+        return (low > 0 or high < 0) and p < ALPHA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +123,12 @@ class TimingRow:
         scale: SR factor.
         seconds: median of the repeats.
         low_s, high_s: their quartiles.
+        lr_width_px, lr_height_px: of the image that was timed.
+        repeats: passes that were timed.
         params: trainable parameters.
         flops: of the pass that was timed.
         device, threads: the machine, and the threads used of it.
+        torch_version: it has much to do with it.
         paper_seconds: of the paper's Figure 4, on a machine of its own.
     """
 
@@ -100,10 +137,14 @@ class TimingRow:
     seconds: float
     low_s: float
     high_s: float
+    lr_width_px: int
+    lr_height_px: int
+    repeats: int
     params: int
     flops: int
     device: str
     threads: int
+    torch_version: str
     paper_seconds: float | None
 
 
@@ -139,13 +180,14 @@ class EvaluationReport:
         convention_y: the same for those of the Y channel.
         num_tiles, num_slides: of the test split.
         code_version: of the code that scored.
-        seconds: that the evaluation took.
+        seconds: that the evaluation took, over all times that it was begun.
         machine: that it ran on.
         rows: in the order of the table, within each scale.
         comparisons: pairs of models, in any order.
         timings: in any order; different machines are never drawn in one plot.
         crops: pictures to judge by eye.
         notes: what the caller has to say of it all, on top of the page.
+        left_out: runs that were found and not scored, since they are not finished.
         spread: by label, PSNR gains over bicubic of all tiles, dB.
     """
 
@@ -163,4 +205,5 @@ class EvaluationReport:
     timings: tuple[TimingRow, ...]
     crops: tuple[CropStrip, ...]
     notes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     spread: tuple[tuple[str, tuple[float, ...]], ...] = ()

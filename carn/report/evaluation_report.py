@@ -102,6 +102,7 @@ def render(report: EvaluationReport) -> str:
         has_lpips=any(block.has_lpips for block in blocks),
         has_star=any(row.variant == "*" for row in report.rows),
         has_paper=any(block.has_paper for block in blocks),
+        has_paper_params=any(row.paper_params is not None for row in report.rows),
         forests=list_forests(report.comparisons),
         max_rows=MAX_ROWS,
         time_plots=list_time_plots(report),
@@ -117,7 +118,10 @@ def render(report: EvaluationReport) -> str:
         seconds=format_seconds,
         power=format_power,
         probability=format_probability,
-        with_spread=format_with_spread,
+        spread_text=format_spread,
+        best_at=format_best_steps,
+        image=format_image,
+        torch_versions=sorted({row.torch_version for row in report.timings}),
     )
 
 
@@ -129,6 +133,12 @@ def format_with_spread(value: float, spread: float | None, digits: int) -> str:
     text = format_fixed(value, digits)
     is_known = spread is not None and math.isfinite(spread) and math.isfinite(value)
     return f"{text} ± {format_fixed(spread, digits)}" if is_known else text
+
+
+def format_spread(value: float | None, spread: float | None, digits: int) -> str:
+    """`± 0.03`, to stand below its value; nothing where there is none."""
+    is_known = None not in (value, spread) and math.isfinite(value) and math.isfinite(spread)  # type: ignore[arg-type]
+    return f"± {format_fixed(spread, digits)}" if is_known else ""
 
 
 def format_seconds(seconds: float) -> str:
@@ -151,6 +161,20 @@ def format_power(number: int) -> str:
             value = number / size
             return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f} {unit}"
     return str(number)
+
+
+def format_best_steps(row: ModelRow) -> list[str]:
+    """After which update the weights were taken, in lines; none where that is no news."""
+    steps = row.best_steps
+    if not steps or set(steps) == {row.steps}:
+        return []
+    low, high = min(steps), max(steps)
+    return [f"best at {low:,}"] + ([] if low == high else [f"to {high:,}"])
+
+
+def format_image(row: TimingRow) -> str:
+    """The image that was timed: `512 × 512 px`."""
+    return f"{row.lr_width_px} × {row.lr_height_px} px"
 
 
 def format_probability(p: float | None) -> str:
@@ -185,7 +209,11 @@ def list_blocks(rows: Sequence[ModelRow]) -> list[Block]:
         own = [row for row in rows if row.scale == scale]
         peaks = {column: _find_peak(own, column) for column in COLUMNS}
         table = [_table_row(row, own, peaks) for row in own]
-        has_paper = any(row.paper_psnr_db is not None or row.paper_ssim is not None for row in own)
+        has_paper = any(
+            value is not None
+            for row in own
+            for value in (row.paper_psnr_db, row.paper_ssim, row.paper_params)
+        )
         has_lpips = any(row.lpips is not None for row in own)
         blocks.append(Block(scale, table, has_lpips, *_plot_block(table, scale=scale), has_paper))
     return blocks
@@ -258,18 +286,12 @@ def list_forests(comparisons: Sequence[Comparison]) -> list[Forest]:
                 place(found.difference_db),
                 place(found.low_db),
                 place(found.high_db),
-                is_clear(found),
+                found.is_clear,
             )
             for found in own
         ]
         forests.append(Forest(scale, rows, _place_ticks(low, span)))
     return forests
-
-
-def is_clear(comparison: Comparison) -> bool:
-    """Whether the interval leaves no doubt of the sign."""
-    low, high = comparison.low_db, comparison.high_db
-    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def bend(value_db: float) -> float:

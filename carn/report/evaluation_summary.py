@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,9 +14,16 @@ import pyarrow.parquet as pq
 
 from carn import storage
 from carn.evaluation.crops import CropStrip
-from carn.evaluation.published import CARN_MSE, CARN_STAR, FIGURE_4, TABLE_2
+from carn.evaluation.published import CARN_STAR, FIGURE_4, TABLE_1, TABLE_2
 from carn.evaluation.scoring import conventions
-from carn.evaluation.statistics import compare, holm, mean_scores, summarize_seeds
+from carn.evaluation.statistics import (
+    Difference,
+    Score,
+    compare,
+    holm,
+    mean_scores,
+    summarize_seeds,
+)
 from carn.evaluation.study import Entrant, model_of
 from carn.evaluation.timing import Timing
 from carn.models.cost import count_flops, count_parameters
@@ -105,6 +114,7 @@ def write_evaluation(
     crops: Sequence[CropStrip],
     facts: Mapping[str, Any],
     failures: Sequence[str],
+    left_out: Sequence[str] = (),
 ) -> str:
     """Write the tables and the page of an evaluation, and say what it came to.
 
@@ -115,6 +125,7 @@ def write_evaluation(
         facts: `dataset_uri`, `dataset_digest`, `code_version`, `seconds`, `machine`, `notes`, and
             the `settings` of the job.
         failures: what could not be scored, and why.
+        left_out: runs that were found and are not scored, since they are not finished.
 
     Returns:
         Lines to print.
@@ -123,7 +134,12 @@ def write_evaluation(
         StorageError: they cannot be written.
     """
     report = make_report(
-        scored=scored, timings=timings, crops=crops, facts=facts, failures=failures
+        scored=scored,
+        timings=timings,
+        crops=crops,
+        facts=facts,
+        failures=failures,
+        left_out=left_out,
     )
     storage.write_bytes(storage.join(uri, "scores.parquet"), _all_scores(scored))
     rows = [asdict(row) for row in report.rows]
@@ -138,6 +154,7 @@ def write_evaluation(
         "rows": rows,
         "comparisons": comparisons,
         "failures": list(failures),
+        "left_out": list(left_out),
     }
     storage.write_bytes(
         storage.join(uri, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode()
@@ -159,6 +176,7 @@ def _said(report: EvaluationReport, failures: Sequence[str], *, page: str) -> st
         )
     lines.append(f"  report   {page}")
     lines += [f"  failed   {text}" for text in failures[:5]]
+    lines += [f"  left out, not finished   {text}" for text in report.left_out[:5]]
     return "\n".join(lines)
 
 
@@ -169,6 +187,7 @@ def make_report(
     crops: Sequence[CropStrip],
     facts: Mapping[str, Any],
     failures: Sequence[str],
+    left_out: Sequence[str] = (),
 ) -> EvaluationReport:
     """The page's content; arguments as `write_evaluation`."""
     scales = sorted({item.entrants[0].scale for item in scored})
@@ -180,8 +199,9 @@ def make_report(
     notes = (
         *facts["notes"],
         *(f"Not scored: {text}" for text in failures),
-        f"FLOPs are of one LR image of {side} x {side} px, two for a multiplication and addition. "
-        "The paper's numbers are of its own test set, which is not this one.",
+        f"FLOPs in the table of scores are of one LR image of {side} x {side} px, two for a "
+        "multiplication and addition. The paper's numbers are of its own test set, which is not "
+        "this one.",
     )
     return EvaluationReport(
         title="Evaluation",
@@ -198,6 +218,7 @@ def make_report(
         timings=tuple(_timings(scored, timings)),
         crops=tuple(ShownCrop(**vars(strip)) for strip in crops),
         notes=notes,
+        left_out=tuple(left_out),
         spread=tuple(_spreads(scored, scales)),
     )
 
@@ -222,50 +243,97 @@ def _row(item: Scored) -> ModelRow:
         ssim=found.ssim,
         ssim_std=found.ssim_std,
         psnr_y_db=found.psnr_y_db,
+        psnr_y_std=found.psnr_y_std,
         ssim_y=found.ssim_y,
+        ssim_y_std=found.ssim_y_std,
         lpips=found.lpips,
+        lpips_std=found.lpips_std,
         params=count_parameters(model),
         flops=count_flops(model, lr_px=(side, side)) if is_trained else 0,
         steps=entrant.steps,
+        planned_steps=entrant.planned_steps,
+        best_steps=tuple(e.best_step for e in item.entrants if e.best_step is not None),
         trained_on=entrant.trained_on[:8],
         paper_psnr_db=published and published[0],
         paper_ssim=published and published[1],
+        # Size alone tells the network here: the loss takes no part in it.
+        paper_params=None
+        if entrant.architecture or entrant.scale != 2
+        else TABLE_1.get(entrant.key),
     )
 
 
 def _published(entrant: Entrant, variant: str) -> tuple[float, float] | None:
-    """The paper's numbers, where the network is the paper's."""
-    if entrant.architecture:
-        return None
-    key = {"MSE": CARN_MSE, "*": CARN_STAR}.get(variant, entrant.key)
-    return TABLE_2.get((key, entrant.scale))
+    """The paper's numbers, where network and loss are the paper's."""
+    key = entrant.paper_row
+    if variant == "*":
+        key = CARN_STAR if key == "carn" else None
+    return None if key is None else TABLE_2.get((key, entrant.scale))
 
 
 def _comparisons(scored: Sequence[Scored], scale: int) -> list[Comparison]:
-    """CARN against each of the others; without one, the best against them."""
+    """CARN against each of the others, and the best against each, corrected for all of them.
+
+    The best is that of the very scores that are compared: its own tests alone would be kinder than
+    they should be, and CARN's are there whoever is the best.
+    """
     here = [item for item in scored if item.entrants[0].scale == scale and item.variant != "*"]
     if len(here) < 2:
         return []
-    carns = [item for item in here if item.entrants[0].key == "carn" and item.variant == ""]
-    best = max(carns or here, key=lambda item: summarize_seeds(item.tables).psnr_db)
-    others = [item for item in here if item is not best]
-    found = [compare(best.tables, other.tables) for other in others]
-    corrected = holm([difference.p for difference in found])
+    best = max(here, key=lambda item: summarize_seeds(item.tables).psnr_db)
+    reference = _reference(here) or best
+    pairs = [(reference, other) for other in here if other is not reference]
+    if best is not reference:
+        others = [item for item in here if item is not best and item is not reference]
+        pairs += [(best, other) for other in others]
+    psnrs, ssims = _compared(pairs, "psnr_db"), _compared(pairs, "ssim")
     return [
         Comparison(
             scale=scale,
-            a=best.title,
-            b=other.title,
-            difference_db=difference.mean,
-            low_db=difference.low,
-            high_db=difference.high,
-            p=difference.p,
-            p_holm=p_holm,
-            num_tiles=difference.num_tiles,
-            num_slides=difference.num_slides,
+            a=a.title,
+            b=b.title,
+            difference_db=of_psnr.mean,
+            low_db=of_psnr.low,
+            high_db=of_psnr.high,
+            p=of_psnr.p,
+            p_holm=psnr_p_holm,
+            ssim_difference=of_ssim.mean,
+            ssim_low=of_ssim.low,
+            ssim_high=of_ssim.high,
+            ssim_p=of_ssim.p,
+            ssim_p_holm=ssim_p_holm,
+            unit=of_psnr.unit,
+            num_tiles=of_psnr.num_tiles,
+            num_slides=of_psnr.num_slides,
         )
-        for other, difference, p_holm in zip(others, found, corrected, strict=True)
+        for (a, b), (of_psnr, psnr_p_holm), (of_ssim, ssim_p_holm) in zip(
+            pairs, psnrs, ssims, strict=True
+        )
     ]
+
+
+def _reference(here: Sequence[Scored]) -> Scored | None:
+    """The CARN that is held against the others, by nothing that the test split has to say.
+
+    The paper's own where there is one; of several, that of the highest PSNR in validation; of those
+    that do not say it, the first.
+    """
+
+    def rank(item: Scored) -> tuple[bool, float]:
+        known = [e.validation_psnr_db for e in item.entrants if e.validation_psnr_db is not None]
+        mean = statistics.fmean(known) if known else -math.inf
+        return item.entrants[0].paper_row == "carn", mean
+
+    carns = [item for item in here if item.entrants[0].key == "carn" and item.variant == ""]
+    return max(carns, key=rank, default=None)
+
+
+def _compared(
+    pairs: Sequence[tuple[Scored, Scored]], score: Score
+) -> list[tuple[Difference, float | None]]:
+    """The difference of each pair, and its p corrected for the number of pairs."""
+    found = [compare(a.tables, b.tables, score=score) for a, b in pairs]
+    return list(zip(found, holm([difference.p for difference in found]), strict=True))
 
 
 def _timings(
@@ -285,10 +353,14 @@ def _timings(
             seconds=timing.seconds_median,
             low_s=timing.seconds_iqr[0],
             high_s=timing.seconds_iqr[1],
+            lr_width_px=timing.lr_px[0],
+            lr_height_px=timing.lr_px[1],
+            repeats=timing.repeats,
             params=timing.params,
             flops=timing.flops,
             device=timing.device,
             threads=timing.threads,
+            torch_version=timing.torch_version,
             paper_seconds=FIGURE_4.get(entrant.scale) if is_papers else None,
         )
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from carn.report.evaluation_records import Comparison, EvaluationReport, ModelRow
+from carn.evaluation.statistics import FEW_SLIDES
+from carn.report.evaluation_records import ALPHA, Comparison, EvaluationReport, ModelRow
 from carn.report.page import format_count
 from carn.report.train_report import format_fixed, format_signed
 
@@ -42,7 +43,9 @@ def find_notices(report: EvaluationReport) -> list[Notice]:
     return [
         *verdicts,
         *judge_scores(report.rows),
+        *judge_slides(report),
         *judge_seeds(report.rows),
+        *judge_left_out(report.left_out),
         *judge_budget(report.rows),
         *judge_data(report.rows),
         *(Notice("note", note) for note in report.notes),
@@ -64,20 +67,31 @@ def judge_scale(report: EvaluationReport, *, scale: int) -> Notice:
             return Notice("note", f"×{scale}: only bicubic upscaling was scored.", "scores")
         return Notice("bad", f"{text}: no model is better than bicubic upscaling.", "scores")
     bicubic = find_bicubic(rows, best)
-    if bicubic is not None and math.isfinite(bicubic.psnr_db):
+    second = next((row for row in ranked[1:] if row.key != "bicubic"), bicubic)
+    if bicubic is not None and bicubic is not second and math.isfinite(bicubic.psnr_db):
         text += f", {format_signed(best.psnr_db - bicubic.psnr_db, 2)} dB over bicubic"
-    second = next((row for row in ranked[1:] if row.key != "bicubic"), None)
-    found = None if second is None else _find_comparison(report.comparisons, best, second)
-    if second is None or found is None:
-        return Notice("good", f"{text}.", "scores")
-    return _judge_lead(f"{text}; {format_signed(found[0], 3)} dB over {second.title}", *found[1:])
+    if second is None:
+        return Notice("note", f"{text}, and there is nothing to hold it against.", "scores")
+    found = _find_comparison(report.comparisons, best, second)
+    if found is None:
+        return Notice("note", f"{text}. It was not compared with {second.title}.", "scores")
+    return _judge_lead(text, found, best=best, second=second)
 
 
-def _judge_lead(text: str, low: float | None, high: float | None) -> Notice:
-    if low is None or high is None:
+def _judge_lead(text: str, found: Comparison, *, best: ModelRow, second: ModelRow) -> Notice:
+    """Whether the best is more than by chance better than what comes next."""
+    sign = 1 if found.a == best.title else -1
+    difference = sign * found.difference_db
+    text += f"; {format_signed(difference, 3)} dB over {second.title}"
+    if found.low_db is None or found.high_db is None:
         return Notice("note", f"{text}, with no interval to judge that by.", "differences")
-    text += f" (95 % interval {format_signed(low, 3)} to {format_signed(high, 3)} dB)"
-    if low > 0:
+    low, high = sorted((sign * found.low_db, sign * found.high_db))
+    text += f" (95 % interval {format_signed(low, 3)} to {format_signed(high, 3)} dB"
+    text += ")" if found.p_holm is None else f", corrected p {found.p_holm:.2g})"
+    if found.unit == "tile":
+        text += " on the tiles of one slide, which say nothing of other slides."
+        return Notice("note", text, "differences")
+    if found.is_clear and difference > 0:
         return Notice("good", f"{text}.", "differences")
     return Notice("note", f"{text}: too little to call it better.", "differences")
 
@@ -94,21 +108,54 @@ def find_bicubic(rows: Sequence[ModelRow], row: ModelRow) -> ModelRow | None:
 
 def _find_comparison(
     comparisons: Sequence[Comparison], a: ModelRow, b: ModelRow
-) -> tuple[float, float | None, float | None] | None:
-    for found in comparisons:
-        if found.scale == a.scale and (found.a, found.b) == (a.title, b.title):
-            return found.difference_db, found.low_db, found.high_db
-        if found.scale == a.scale and (found.b, found.a) == (a.title, b.title):
-            low = None if found.high_db is None else -found.high_db
-            high = None if found.low_db is None else -found.low_db
-            return -found.difference_db, low, high
-    return None
+) -> Comparison | None:
+    """The comparison of two models, whichever of them it names first."""
+    wanted = {a.title, b.title}
+    here = (found for found in comparisons if found.scale == a.scale)
+    return next((found for found in here if {found.a, found.b} == wanted), None)
 
 
 def judge_scores(rows: Sequence[ModelRow]) -> list[Notice]:
     """Models whose PSNR is no number, or infinite."""
     lost = [_name(row) for row in rows if not math.isfinite(row.psnr_db)]
     return [Notice("bad", f"PSNR is not a finite number: {_join(lost)}.", "scores")] if lost else []
+
+
+def judge_slides(report: EvaluationReport) -> list[Notice]:
+    """Slides so few that intervals and tests say little, or nothing, of other slides."""
+    num = report.num_slides
+    if not report.rows or num >= FEW_SLIDES:
+        return []
+    if num == 1:
+        text = (
+            "All tiles are of one slide. Intervals and p are over its tiles, which are alike: they "
+            "say nothing of other slides, and no difference is taken for more than chance."
+        )
+        return [Notice("bad", text, "differences")]
+    text = f"The tiles are of {num} slides only: intervals over so few are too narrow."
+    # The least p of a signed-rank test: all slides have the same sign, which 2 of 2^n cases have.
+    num_pairs = max(
+        (sum(c.scale == found.scale for c in report.comparisons) for found in report.comparisons),
+        default=0,
+    )
+    if num_pairs and num_pairs * 2.0 ** (1 - num) >= ALPHA:
+        count = "one comparison" if num_pairs == 1 else f"{num_pairs} comparisons"
+        text += (
+            f" Corrected for {count}, p cannot fall below {ALPHA:g} with so few, whatever the "
+            "difference: score more slides."
+        )
+    return [Notice("bad", text, "differences")]
+
+
+def judge_left_out(left_out: Sequence[str]) -> list[Notice]:
+    """Runs that are in no row, since they are not finished."""
+    if not left_out:
+        return []
+    text = (
+        f"Left out, since their training is not finished: {_join(left_out)}. Name such a run "
+        "itself to have it scored as it is."
+    )
+    return [Notice("bad", text, "scores")]
 
 
 def _trained(rows: Sequence[ModelRow]) -> list[ModelRow]:
@@ -123,7 +170,7 @@ def judge_seeds(rows: Sequence[ModelRow]) -> list[Notice]:
     who = "Every model" if len(single) == len(_trained(rows)) else _join(single)
     text = (
         f"{who}: one seed only, so how much a score moves from one training to the next is not "
-        "known. Intervals are over tiles and leave that out."
+        "known. Intervals are over slides and leave that out."
     )
     return [Notice("bad", text, "scores")]
 
@@ -133,6 +180,14 @@ def judge_budget(rows: Sequence[ModelRow]) -> list[Notice]:
     trained = _trained(rows)
     notices = []
     known = [row for row in trained if row.steps is not None]
+    unfinished = [
+        f"{_name(row)} ({row.steps:,} of {row.planned_steps:,})"
+        for row in known
+        if row.steps is not None and row.planned_steps is not None and row.steps < row.planned_steps
+    ]
+    if unfinished:
+        text = f"Scored before its updates were all done: {_join(unfinished)}."
+        notices.append(Notice("bad", text, "scores"))
     short = {row: row.steps for row in known if row.steps is not None and row.steps < PAPER_UPDATES}
     if short:
         low, high = min(short.values()), max(short.values())

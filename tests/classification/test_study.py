@@ -16,12 +16,14 @@ from carn.bcsr.dataset import open_dataset
 from carn.bcsr.degradation import degrade
 from carn.classification import pcam as pcam_module
 from carn.classification import prediction as prediction_module
+from carn.classification.bcsr_corpus import open_bcsr
 from carn.classification.config import ClassifierConfig, CropConfig, StudyConfig
 from carn.classification.examples import choose_examples
+from carn.classification.kinds import Kind
 from carn.classification.loop import predict
 from carn.classification.resnet import ResNet
 from carn.classification.study import begin, is_finished, make_plan, run_study
-from carn.classification.summary import write_summary
+from carn.classification.summary import published_accuracy, write_summary
 from carn.errors import CheckpointError, DatasetError, RunError
 from tests.classification.lab import (
     CROP_PX,
@@ -32,6 +34,7 @@ from tests.classification.lab import (
     write_labelled,
     write_model,
 )
+from tests.evaluation.lab import checkpoint_of, write_run
 from tests.training.lab import Killed
 
 ONE_EPOCH = tiny_classifier(epochs=1)
@@ -87,10 +90,8 @@ def test_the_table_has_each_kind_on_each_dataset(study) -> None:
         assert (row["over_bicubic"] == "") == (row["pictures"] == "bicubic")
     counts = {row["corpus"]: (row["num_crops"], row["num_slides"]) for row in rows}
     assert counts == {"bcSR": (str(8 * CROPS_PER_TILE), "4"), "PCam": ("12", "3")}
-    # The paper's Table 5.
-    papers = {(row["corpus"], row["pictures"]): row["paper_accuracy"] for row in rows}
-    assert papers["bcSR", "GT"] == "0.9183"
-    assert papers["PCam", "CARN"] == "0.8720"
+    # The paper's Table 5 is of a ResNet-50, and this one is smaller.
+    assert {row["paper_accuracy"] for row in rows} == {""}
     assert "bcSR, LR: accuracy" in said
 
 
@@ -143,11 +144,50 @@ def test_the_page_holds_the_numbers_and_pictures(study) -> None:
     page = (output / "report.html").read_text()
     accuracy = float(rows_of(output)[0]["accuracy"])
     assert f"{100 * accuracy:.2f}" in page
-    assert "91.83" in page
+    assert "91.83" not in page
     assert page.count('<svg class="plot"') == 6
     assert "3 slides only" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "data:image/png;base64," in page
+    # Nobody knows what the model was trained on.
+    assert page.count("CARN: trained to super-resolve on another dataset or an unknown one") == 2
+    assert page.count("PCam is cut from CAMELYON16") == 1
+
+
+def test_the_papers_accuracies_are_of_its_classifier_and_networks() -> None:
+    def found(kind: Kind, **changes: Any) -> float | None:
+        settings: dict[str, Any] = {"corpus": "bcsr", "crop_px": 128, "scale": 2, "depth": 50}
+        return published_accuracy(kind, **(settings | changes))
+
+    gt = Kind(key="gt", title="GT")
+    assert found(gt) == 0.9183
+    assert found(gt, corpus="pcam", crop_px=96) == 0.9003
+    for change in ({"depth": 18}, {"crop_px": 64}, {"scale": 4}):
+        assert found(gt, **change) is None
+    assert found(Kind(key="bicubic", title="bicubic", model_name="bicubic")) == 0.7953
+    size = {"num_blocks": 8, "channels": 64, "reduction": 8}
+
+    def carn(config: dict[str, object], **training: object) -> Kind:
+        checkpoint = checkpoint_of("carn", config, **training)
+        return Kind(key="carn-1", title="CARN", model_name="carn", checkpoint=checkpoint)
+
+    assert found(carn(size)) == 0.9109
+    assert found(carn(size | {"num_blocks": 1})) is None
+    assert found(carn(size, loss="l1")) is None
+    assert found(carn(size, loss="mse")) is None
+
+
+def test_a_model_trained_on_this_dataset_needs_no_warning(labelled: str, tmp_path: Path) -> None:
+    digest = open_bcsr(labelled, crop_px=CROP_PX).digest
+    model = write_run(str(tmp_path / "run"), digest=digest)
+    other = write_run(str(tmp_path / "other"), digest="d2", seed=2)
+    config = tiny_study(
+        tmp_path / "out", dataset=labelled, models=(model, other), classifier=ONE_EPOCH
+    )
+    do(config)
+    page = (tmp_path / "out" / "report.html").read_text()
+    _, _, others = (kind.title for kind in make_plan(config).kinds[-3:])
+    assert f"{others}: trained to super-resolve on another dataset" in page
 
 
 # ------------------------------------------------------------------------------- what is taken up
@@ -182,6 +222,27 @@ def test_a_model_is_added_without_training_anew(labelled: str, models, tmp_path:
     assert [row["pictures"] for row in rows[4:]] == ["EDSR"]
     # Other pictures are other numbers.
     assert len({row["auc"] for row in rows}) > 2
+
+
+def test_examples_are_part_of_a_study(labelled: str, models, tmp_path: Path) -> None:
+    """A study that was killed before they were made, or lost a model, is not finished."""
+    fields: dict[str, Any] = {"dataset": labelled, "classifier": ONE_EPOCH}
+    both = tiny_study(tmp_path / "out", models=models, **fields)
+    do(both)
+    work = tmp_path / "out" / "bcsr" / "_work"
+    (examples,) = work.glob("examples-*.parquet")
+    assert is_finished(make_plan(both))
+    examples.unlink()
+    assert not is_finished(make_plan(both))
+    with pytest.raises(DatasetError, match="run again, and the examples are made"):
+        write_summary(make_plan(both), seconds=1.0, num_workers=None)
+    do(both)
+    assert examples.exists()
+    fewer = tiny_study(tmp_path / "out", models=models[:1], **fields)
+    assert not is_finished(make_plan(fewer))
+    do(fewer)
+    assert is_finished(make_plan(fewer))
+    assert len(list(work.glob("examples-*.parquet"))) == 2
 
 
 def test_a_study_on_an_object_store_is_that_on_a_disk(study, labelled: str, models, s3) -> None:

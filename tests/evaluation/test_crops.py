@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -186,6 +187,21 @@ def test_the_place_of_a_strip_is_where_models_differ(tissue: np.ndarray) -> None
         for name, model in models.items()
     }
     assert (strip.x, strip.y) == choose_place(hr, sr, side_px=32, step_px=16)
+
+
+def test_one_that_differs_everywhere_need_not_decide(tissue: np.ndarray) -> None:
+    hr = tissue[:128, :128].copy()
+    hr[64:96, 32:64] = np.indices((32, 32)).sum(0)[..., None] % 4 // 2 * 255
+    row = {"tile_id": "t", "slide": "s"}
+    pair_of = {"nearest": Nearest(2), "same": Nearest(2)}
+    models = {"bicubic": build_model("bicubic", scale=2), **pair_of}
+    settings: Any = {"scale": 2, "protocol": "aligned", "side_px": 32}
+    everyone = crop_strip(models, row, hr, **settings)
+    networks = crop_strip(models, row, hr, **settings, judged=["nearest", "same"])
+    assert (everyone.x, everyone.y) != (0, 0)
+    # The two that decide are equal: the first place there is.
+    assert (networks.x, networks.y) == (0, 0)
+    assert [name for name, *_ in networks.pictures] == ["HR", "LR", *models]
 
 
 def test_exact_results_and_small_tiles() -> None:

@@ -2,6 +2,7 @@
 
 from inspect import unwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from scipy.signal import correlate
 from torch import Tensor, nn
 
+from carn import storage
 from carn.evaluation.lpips import MIN_SIDE_PX, SCALE, SHIFT, Lpips, load_lpips
 
 SHAPES = [(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)]
@@ -163,6 +165,17 @@ def test_the_files_load(tmp_path: Path, tissue: np.ndarray) -> None:
     moved = loaded.to(torch.device("meta"))
     tensors = (*moved.kernels, *moved.biases, *moved.linear)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_files_on_an_object_store(tmp_path: Path, s3: Any) -> None:
+    paths = files(tmp_path, *drawn_states())
+    uris = [f"s3://{s3.name}/lab/{path.name}" for path in paths]
+    for uri, path in zip(uris, paths, strict=True):
+        storage.write_bytes(uri, path.read_bytes())
+    loaded = load_lpips(alexnet=uris[0], linear=uris[1])
+    assert torch.equal(loaded.linear[4], drawn_lpips().linear[4])
+    with pytest.raises(ValueError, match=r"lab/none\.pth cannot be read"):
+        load_lpips(alexnet=f"s3://{s3.name}/lab/none.pth", linear=uris[1])
 
 
 def test_files_in_each_others_place(tmp_path: Path) -> None:

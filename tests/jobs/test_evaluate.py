@@ -9,11 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from carn.errors import CheckpointError, DatasetError
+from carn.evaluation.study import read_took
 from jobs import evaluate
-from jobs.evaluate import EvaluateJob, FiguresConfig, ScoreConfig, TasksConfig, main
-from tests.evaluation.lab import write_run
+from jobs.evaluate import (
+    EvaluateJob,
+    Evaluation,
+    FiguresConfig,
+    Part,
+    ScoreConfig,
+    TasksConfig,
+    main,
+)
+from tests.evaluation.lab import write_run, write_run_folder
 from tests.jobs.lab import ROOT
 from tests.jobs.train_lab import write_dataset
 
@@ -70,11 +80,18 @@ def test_scores_crops_and_timings_and_nothing_twice(
     assert len(list((lab / "out" / "timings").iterdir())) == 3
     assert len(list((lab / "out" / "crops").iterdir())) == 1
     before = (lab / "out" / "table2.csv").read_bytes()
+    took = read_took(str(lab / "out"))
+    assert took[0] > 0
     write_run(str(lab / "second"), seed=7)
     assert main(make_job(lab, score=score)) == 0
     assert (lab / "out" / "table2.csv").read_bytes() == before
+    # Nothing was done, so nothing was taken.
+    assert read_took(str(lab / "out")) == took
+    assert summary_of(lab)["seconds"] == took[0]
+    assert summary_of(lab)["machine"] == took[1]
     job = make_job(lab, score=score, runs=(str(lab / "run"), str(lab / "second")))
     assert main(job) == 0
+    assert read_took(str(lab / "out"))[0] > took[0]
     after = {path: path.stat().st_mtime_ns for path in (lab / "out" / "scores").iterdir()}
     assert kept.items() <= after.items()
     assert len(after) == len(kept) + 3
@@ -96,6 +113,81 @@ def test_a_damaged_checkpoint_costs_its_own_row_only(
     assert "failed" in capsys.readouterr().out
 
 
+def _divided(*, device: str) -> bytes:
+    return bytes(1 // len(device[:0]))
+
+
+def _lost(*, device: str) -> bytes:
+    os._exit(1)
+
+
+def test_what_a_part_failed_for_is_said(lab: Path, ray_here: None) -> None:
+    """An error that nobody foresaw is no process that died, and is not tried again."""
+
+    def reason_of(call: object) -> str | None:
+        part = Part(
+            uri=str(lab / "never"),
+            name="part",
+            call=call,  # type: ignore[arg-type]
+            arguments=(),
+            options={},
+        )
+        resources = {"num_cpus": 1.0, "num_gpus": 0.0}
+        ((_, reason),) = evaluate._done([part], device="cpu", threads=1, resources=resources)
+        return reason
+
+    assert ray.is_initialized()
+    divided = reason_of(_divided)
+    assert divided is not None
+    assert divided.startswith("ZeroDivisionError")
+    assert "died" not in divided
+    lost = reason_of(_lost)
+    assert lost is not None
+    assert lost.startswith("its process died 3 times")
+
+
+def test_unfinished_runs_and_tiles_of_training_slides_are_left_out(
+    lab: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is known before anything starts."""
+    write_run_folder(str(lab / "runs" / "whole"), best=5, last=7, seed=1)
+    write_run_folder(str(lab / "runs" / "cut"), best=5, last=6, seed=2)
+    write_dataset(lab / "more", num_tiles=(4, 2, 12), seed=5)
+    score = ScoreConfig(removed=str(lab / "more"))
+    job = make_job(lab, runs=(str(lab / "runs"),), score=score)
+    evaluation = Evaluation(job)
+    evaluation.prepare()
+    assert [entrant.seed for entrant in evaluation.entrants] == [1, None]
+    assert evaluation.left_out == [f"{lab}/runs/cut (update 6 of 7)"]
+    assert "Left out" not in " ".join(evaluation._notes())
+    # The test slides of the second dataset, test0 and test1, were trained on here.
+    monkeypatch.setattr(evaluate, "find_removed", lambda *_: ([10], 1))
+    evaluation = Evaluation(job)
+    evaluation.prepare()
+    said = f"1 test tile of {lab}/more is of slides that {lab}/bcsr has in training or validation"
+    assert said in caplog.text
+    assert any(
+        f"1 of {lab}/more that are in no split. Left out: {said}." in note
+        for note in evaluation._notes()
+    )
+    monkeypatch.setattr(evaluate, "find_removed", lambda *_: ([], 2))
+    with pytest.raises(DatasetError, match=r"nothing of .* is left for CARN.*: 2 test tiles of"):
+        Evaluation(job).prepare()
+
+
+def test_an_aligned_x3_is_not_the_papers(lab: Path) -> None:
+    for scales, protocol, said in (
+        ((3,), "aligned", True),
+        ((3,), "misaligned", False),
+        ((4,), "aligned", False),
+    ):
+        score = ScoreConfig(scales=scales, protocol=protocol)  # type: ignore[arg-type]
+        evaluation = Evaluation(make_job(lab, runs=(), score=score))
+        evaluation.prepare()
+        notes = " ".join(evaluation._notes())
+        assert ("--protocol misaligned is like them" in notes) is said
+
+
 def test_what_cannot_be_scored_is_said_before_anything_starts(
     lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +203,9 @@ def test_what_cannot_be_scored_is_said_before_anything_starts(
         main(make_job(lab, score=ScoreConfig(removed=str(lab / "bcsr"))))
     with pytest.raises(ValueError, match="both"):
         ScoreConfig(lpips_alexnet="a.pth")
+    score = ScoreConfig(lpips_alexnet=str(lab / "a.pth"), lpips_linear=str(lab / "l.pth"))
+    with pytest.raises(ValueError, match=r"a\.pth cannot be read .*give a file that is there"):
+        main(make_job(lab, score=score))
 
 
 @pytest.mark.slow

@@ -51,20 +51,28 @@ def row(model: str = "CARN", psnr: float = 36.0, **changes: object) -> ModelRow:
         ssim=psnr / 40,
         ssim_std=None if is_bicubic else 0.0004,
         psnr_y_db=psnr + 1,
+        psnr_y_std=None if is_bicubic else 0.03,
         ssim_y=psnr / 39,
+        ssim_y_std=None if is_bicubic else 0.0005,
         lpips=None,
+        lpips_std=None,
         params=0 if is_bicubic else 1_379_779,
         flops=0 if is_bicubic else 11_264_000_000,
         steps=None if is_bicubic else 300_000,
+        planned_steps=None if is_bicubic else 300_000,
+        best_steps=() if is_bicubic else (287_000, 300_000, 291_000),
         trained_on="" if is_bicubic else "9f3a",
         paper_psnr_db=35.25 if is_bicubic else 40.36,
         paper_ssim=0.98,
+        paper_params=None if is_bicubic else 1.389,
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
-def comparison(a: str, b: str, difference: float, half: float | None = 0.02) -> Comparison:
-    return Comparison(
+def comparison(
+    a: str, b: str, difference: float, half: float | None = 0.02, **changes: object
+) -> Comparison:
+    made = Comparison(
         scale=2,
         a=a,
         b=b,
@@ -73,9 +81,16 @@ def comparison(a: str, b: str, difference: float, half: float | None = 0.02) -> 
         high_db=None if half is None else difference + half,
         p=0.0123,
         p_holm=0.0456,
+        ssim_difference=0.0021,
+        ssim_low=0.0012,
+        ssim_high=0.0031,
+        ssim_p=0.0031,
+        ssim_p_holm=0.0062,
+        unit="slide",
         num_tiles=200,
         num_slides=41,
     )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
 def timing(model: str = "CARN", seconds: float = 1.5, **changes: object) -> TimingRow:
@@ -85,10 +100,14 @@ def timing(model: str = "CARN", seconds: float = 1.5, **changes: object) -> Timi
         seconds=seconds,
         low_s=0.9 * seconds,
         high_s=1.2 * seconds,
+        lr_width_px=512,
+        lr_height_px=512,
+        repeats=20,
         params=1_379_779,
         flops=721_000_000_000,
         device="CPU X",
         threads=2,
+        torch_version="2.9.1",
         paper_seconds=0.0283,
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
@@ -220,14 +239,17 @@ def test_numbers_appear() -> None:
     text = Page(render(full())).text
     for part in (
         "200 tiles of 41 slides",
-        "CARN 36.00 ± 0.02 +3.00 0.9000 ± 0.0004 37.00 0.9231 3 × 300,000 1.380 M 11.26 G "
-        "40.36 +5.11 0.9800",
+        "CARN 36.00 ± 0.02 +3.00 0.9000 ± 0.0004 37.00 ± 0.03 0.9231 ± 0.0005 "
+        "3 × 300,000 best at 287,000 to 300,000 1.380 M 11.26 G 40.36 +5.11 0.9800 1.389",
         "CARN (MSE) 35.80 ± 0.02 +2.80",
-        "bicubic 33.00 – 0.8250 34.00 0.8462 – – – 35.25 – 0.9800",
-        "CARN less EDSR +0.100 +0.080 to +0.120 200 / 41 0.012 0.046",
+        "bicubic 33.00 – 0.8250 34.00 0.8462 – – – 35.25 – 0.9800 –",
+        "CARN less EDSR +0.100 +0.080 to +0.120 0.046 p 0.012 +0.0021 +0.0012 to +0.0031 "
+        "0.006 p 0.003",
+        "×2 on 200 tiles of 41 slides",
         "CARN ×2 3 1 −0.50 +1.00 +2.00",
         "lost no finite gain",
-        "CARN ×2 1.50 s 1.35 s to 1.80 s 1.380 M 721.0 G 28.3 ms",
+        "CARN ×2 1.50 s 1.35 s to 1.80 s 20 512 × 512 px 1.380 M 721.0 G 28.3 ms",
+        "torch 2.9.1",
         "tile-7",
         "CARN 33.33 dB",
         "2 h 01 min",
@@ -245,13 +267,53 @@ def test_numbers_appear() -> None:
             {},
             "good",
             "×2: CARN scores highest, 36.00 dB, +3.00 dB over bicubic; +0.100 dB over EDSR "
-            "(95 % interval +0.080 to +0.120 dB).",
+            "(95 % interval +0.080 to +0.120 dB, corrected p 0.046).",
+        ),
+        (
+            # Of two slides with the same sign, resampled, the interval is clear of 0, always.
+            {"comparisons": (comparison("CARN", "EDSR", 0.1, p=0.5, p_holm=1.0),)},
+            "note",
+            "×2: CARN scores highest, 36.00 dB, +3.00 dB over bicubic; +0.100 dB over EDSR "
+            "(95 % interval +0.080 to +0.120 dB, corrected p 1): too little to call it better.",
+        ),
+        (
+            {"comparisons": (comparison("CARN", "EDSR", 0.1, p_holm=0.05),)},
+            "note",
+            "×2: CARN scores highest, 36.00 dB, +3.00 dB over bicubic; +0.100 dB over EDSR "
+            "(95 % interval +0.080 to +0.120 dB, corrected p 0.05): too little to call it better.",
+        ),
+        (
+            {"comparisons": (comparison("CARN", "EDSR", 0.1, unit="tile", p_holm=0.001),)},
+            "note",
+            "×2: CARN scores highest, 36.00 dB, +3.00 dB over bicubic; +0.100 dB over EDSR "
+            "(95 % interval +0.080 to +0.120 dB, corrected p 0.001) on the tiles of one slide, "
+            "which say nothing of other slides.",
+        ),
+        (
+            {"comparisons": (comparison("EDSR", "CARN", -0.1),)},
+            "good",
+            "×2: CARN scores highest, 36.00 dB, +3.00 dB over bicubic; +0.100 dB over EDSR "
+            "(95 % interval +0.080 to +0.120 dB, corrected p 0.046).",
+        ),
+        (
+            {
+                "rows": (row("bicubic", 33.0), row("CARN", 36.0)),
+                "comparisons": (comparison("CARN", "bicubic", 3.0),),
+            },
+            "good",
+            "×2: CARN scores highest, 36.00 dB; +3.000 dB over bicubic (95 % interval +2.980 to "
+            "+3.020 dB, corrected p 0.046).",
+        ),
+        (
+            {"rows": (row("CARN", 36.0),), "comparisons": ()},
+            "note",
+            "×2: CARN scores highest, 36.00 dB, and there is nothing to hold it against.",
         ),
         (
             {"comparisons": (comparison("EDSR", "CARN", -0.01),)},
             "note",
             "×2: CARN scores highest, 36.00 dB, +3.00 dB over bicubic; +0.010 dB over EDSR "
-            "(95 % interval −0.010 to +0.030 dB): too little to call it better.",
+            "(95 % interval −0.010 to +0.030 dB, corrected p 0.046): too little to call it better.",
         ),
         (
             {"comparisons": (comparison("CARN", "EDSR", 0.1, None),)},
@@ -260,9 +322,11 @@ def test_numbers_appear() -> None:
             "no interval to judge that by.",
         ),
         (
-            {"comparisons": ()},
-            "good",
-            "×2: CARN scores highest, 36.00 dB, +3.00 dB over bicubic.",
+            # Neither is CARN: without a test between them there is nothing to tick off.
+            {"rows": (*ROWS, row("RDN", 36.1), row("RCAN", 36.2))},
+            "note",
+            "×2: RCAN scores highest, 36.20 dB, +3.20 dB over bicubic. It was not compared with "
+            "RDN.",
         ),
         (
             {"rows": (row("bicubic", 33.0), row("CARN", 32.0))},
@@ -301,7 +365,11 @@ def test_one_seed_is_said() -> None:
     rows = (
         ROWS[0],
         row("EDSR", 35.0),
-        row("CARN", 36.0, num_seeds=1, psnr_std=None, ssim_std=None),
+        row(
+            *("CARN", 36.0),
+            **{"num_seeds": 1, "psnr_std": None, "ssim_std": None},
+            **{"psnr_y_std": None, "ssim_y_std": None},
+        ),
     )
     (said,) = texts(full(rows=rows), "bad")
     assert said.startswith("CARN ×2: one seed only")
@@ -310,11 +378,61 @@ def test_one_seed_is_said() -> None:
     assert "±" not in re.findall(r"<tbody>.*?</tbody>", render(full(rows=rows[::2])), re.S)[0]
 
 
+@pytest.mark.parametrize(
+    ("num_slides", "num_pairs", "said"),
+    [
+        (1, 2, "All tiles are of one slide. Intervals and p are over its tiles"),
+        (2, 1, "2 slides only: .* Corrected for one comparison, p cannot fall below 0.05"),
+        (6, 2, "6 slides only: .* Corrected for 2 comparisons, p cannot fall below 0.05"),
+        # The least p of six slides is 2 / 2^6 = 0.031.
+        (6, 1, "6 slides only: intervals over so few are too narrow.$"),
+        (9, 2, "9 slides only: intervals over so few are too narrow.$"),
+    ],
+)
+def test_few_slides_are_said(num_slides: int, num_pairs: int, said: str) -> None:
+    comparisons = full().comparisons[:num_pairs]
+    (text,) = texts(full(num_slides=num_slides, comparisons=comparisons), "bad")
+    assert re.search(said, text)
+    assert not texts(full(num_slides=10, comparisons=comparisons), "bad")
+
+
+def test_what_intervals_are_over_is_said() -> None:
+    assert "are over slides, not over tiles" in Page(render(full())).text
+    alone = Page(render(full(num_slides=1))).text
+    assert "intervals and tests are over its tiles" in alone
+    assert "are over slides, not" not in alone
+
+
+def test_unfinished_runs_are_said() -> None:
+    (said,) = texts(full(left_out=("/runs/a (update 7 of 100)",)), "bad")
+    assert said.startswith("Left out, since their training is not finished: /runs/a (update 7 of")
+    rows = (ROWS[0], row("CARN", 36.0, planned_steps=400_000))
+    assert texts(full(rows=rows), "bad") == [
+        "Scored before its updates were all done: CARN ×2 (300,000 of 400,000)."
+    ]
+
+
+def test_an_early_best_checkpoint_is_no_short_training() -> None:
+    (early,) = (r for r in ROWS if r.model == "EDSR")
+    assert max(early.best_steps) == early.steps == 300_000
+    rows = (*ROWS, row("RCAN", 35.0, best_steps=(12_000,)))
+    assert texts(full(rows=rows), "bad") == []
+    assert "best at 12,000" in Page(render(full(rows=rows))).text
+    assert "best at" not in Page(render(full(rows=(row(best_steps=(300_000,)),)))).text
+
+
 def test_a_shorter_training_than_the_papers_is_said() -> None:
-    short = tuple(dataclasses.replace(r, steps=r.steps and 20_000) for r in ROWS)
+    short = tuple(
+        dataclasses.replace(r, steps=r.steps and 20_000, planned_steps=r.steps and 20_000)
+        for r in ROWS
+    )
     (said,) = texts(full(rows=short), "bad")
     assert said.startswith("Every model: trained for 20,000 updates, the paper's for 300,000.")
-    mixed = (*ROWS[:2], row("CARN", 36.0, steps=20_000), row("RCAN", 35.0, steps=4000))
+    mixed = (
+        *ROWS[:2],
+        row("CARN", 36.0, steps=20_000, planned_steps=20_000),
+        row("RCAN", 35.0, steps=4000, planned_steps=4000),
+    )
     shorter, uneven = texts(full(rows=mixed), "bad")
     assert shorter.startswith("CARN ×2, RCAN ×2: trained for 4,000 to 20,000 updates")
     assert uneven.startswith("At ×2 models were trained for different numbers of updates")
@@ -345,9 +463,11 @@ def test_many_names_are_cut() -> None:
 
 
 def test_the_least_lpips_is_best_and_its_column_is_there_only_with_it() -> None:
-    rows = (row("EDSR", 35.0, lpips=0.1), row("CARN", 36.0, lpips=0.2))
+    rows = (row("EDSR", 35.0, lpips=0.1, lpips_std=0.003), row("CARN", 36.0, lpips=0.2))
     assert [sorted(entry.best)[0] for entry in list_blocks(rows)[0].rows] == ["lpips", "psnr_db"]
-    assert "LPIPS" in Page(render(full(rows=rows))).text
+    text = Page(render(full(rows=rows))).text
+    assert "LPIPS" in text
+    assert "0.1000 ± 0.0030" in text
     assert "LPIPS" not in Page(render(full())).text
 
 
@@ -362,7 +482,9 @@ def test_scales_do_not_compete() -> None:
 
 def test_the_papers_columns_are_marked_and_leave_where_there_is_nothing() -> None:
     assert "the paper" in Page(render(full())).text
-    rows = tuple(dataclasses.replace(r, paper_psnr_db=None, paper_ssim=None) for r in ROWS)
+    rows = tuple(
+        dataclasses.replace(r, paper_psnr_db=None, paper_ssim=None, paper_params=None) for r in ROWS
+    )
     html = render(full(rows=rows, timings=()))
     assert "the paper" not in Page(html).text
     assert 'class="number theirs' not in html
@@ -401,11 +523,15 @@ def test_bars_and_ticks_lie_within_the_strip(found: list[tuple[float, float | No
 
 
 def test_clear_differences_are_filled_and_others_are_not() -> None:
-    both = (comparison("a", "b", 0.1), comparison("c", "d", 0.01), comparison("e", "f", NAN, None))
-    html = render(full(comparisons=both))
+    all_three = (
+        *(comparison("a", "b", 0.1), comparison("c", "d", 0.01), comparison("e", "f", NAN, None)),
+        comparison("g", "h", 0.1, p_holm=0.2),
+        comparison("i", "j", 0.1, unit="tile"),
+    )
+    html = render(full(comparisons=all_three))
     assert html.count('<circle class="clear"') == 1
-    assert html.count('<circle class="open"') == 1
-    assert html.count('class="strip"') == 3
+    assert html.count('<circle class="open"') == 3
+    assert html.count('class="strip"') == 5
 
 
 # ------------------------------------------------------------------------------------------- time
@@ -432,7 +558,7 @@ def test_machines_and_scales_are_never_drawn_together() -> None:
 
 
 def test_one_machine_is_named_once_and_several_in_a_column() -> None:
-    assert "<caption>On CPU X, 2 threads</caption>" in render(full())
+    assert "<caption>On CPU X, 2 threads, torch 2.9.1; one image" in render(full())
     html = render(full(timings=(timing(), timing(device="GPU"))))
     assert "<caption>On" not in html
     assert '<td class="wrap">GPU, 2 threads</td>' in html
