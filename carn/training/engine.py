@@ -62,6 +62,15 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 natively; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Private, yet the only names torch has for these.
+    is_supported: bool = torch.cpu._is_avx512_bf16_supported()
+    return is_supported or bool(torch.cpu._is_amx_tile_supported())
+
+
 def set_up(engine: EngineConfig, device: torch.device) -> None:
     """Settings of the process that make steps faster."""
     if engine.num_threads is not None:

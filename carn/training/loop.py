@@ -20,7 +20,7 @@ from carn.errors import CheckpointError, DivergedError, RunError
 from carn.models.table import build_model
 from carn.training.config import TrainConfig, learning_rate, resolve
 from carn.training.data import TrainingData, open_training_data
-from carn.training.engine import EngineConfig, choose_device, prepare, set_up
+from carn.training.engine import EngineConfig, choose_device, has_bf16, prepare, set_up
 from carn.training.group import WorkerGroup
 from carn.training.loss_log import LossLog
 from carn.training.players import (
@@ -164,7 +164,10 @@ class _Run:
         prepare(self.model, self.engine)
         self.players = make_players(self.model, self.config, device=self.device, group=self.group)
         self.average = make_average(self.model, self.config.optimizer.ema_decay)
-        self.autocast = autocast_for(self.config.optimizer.precision, self.device)
+        precision = self.config.optimizer.precision
+        if precision == "bf16" and self.group.rank == 0 and not has_bf16(self.device):
+            logger.warning("%s has no bf16 multiplication: fp32 is faster here", self.device)
+        self.autocast = autocast_for(precision, self.device)
 
     @property
     def shipped(self) -> nn.Module:

@@ -3,10 +3,12 @@ engine is on this slide's own pixels.
 """
 
 import itertools
+import logging
 import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -17,10 +19,12 @@ from carn.errors import CarnError, DamagedTileError
 from carn.models.swdnet import SwdNet
 from carn.slides.slide import Rgb
 from carn.upscaling.accuracy import compare
-from carn.upscaling.engine import Engine, reference_engine
+from carn.upscaling.engine import Engine, free_memory, if_memory_suffices, reference_engine
 from carn.upscaling.lr_view import LrView
 from carn.upscaling.pooling import MAX_POOLED_PX, Pooling, has_pooling, pool_over
 from carn.upscaling.windows import CELL_PX, TissueCells
+
+logger = logging.getLogger(__name__)
 
 # Up to this many LR px the whole view is pooled over: tiles and crops get exactly the means of the
 # whole. For CARN 2.1 Mpx are about a minute of one core, and 2 GB.
@@ -87,13 +91,15 @@ def calibrate(
         seed: of the choice of windows.
         pools: freeze the poolings; otherwise each window pools for itself.
         side_px: side of a window in LR px, a multiple of ALIGNMENT_PX.
-        num_windows: windows to pool over, fewer where the network takes much memory.
+        num_windows: windows to pool over, fewer where the network takes much memory or there is
+            little of it.
         num_probes: windows, at most, to hold the engine against the reference on; with 0 the
             accuracy is NaN.
 
     Raises:
         DamagedTileError: no window can be decoded.
         StorageError: storage failed under a read.
+        CarnError: memory does not suffice for one window.
     """
     pools = pools and has_pooling(model)
     if not pools and not num_probes:
@@ -103,18 +109,23 @@ def calibrate(
     halo = engine.halo_px
     pooled_px = _max_pooled_px(model)
     num_windows = max(1, min(num_windows, pooled_px // (side_px + 2 * halo) ** 2))
-    windows, weights = sample_windows(
-        view,
-        tissue,
-        side_px=side_px,
-        num_windows=num_windows,
-        halo_px=halo,
-        seed=seed,
-        max_whole_px=min(MAX_WHOLE_PX, pooled_px) if pools else 0,
-    )
+    sides = {"side_px": side_px, "num_windows": num_windows, "halo_px": halo, "seed": seed}
+    max_whole_px = min(MAX_WHOLE_PX, pooled_px) if pools else 0
+    windows, weights = sample_windows(view, tissue, **sides, max_whole_px=max_whole_px)
     pooling = None
     if pools:
-        pooling = pool_over(model, windows, halo_px=halo, weights=weights)
+        pooling = _pooled(model, windows, weights, halo_px=halo)
+        if pooling is None and len(windows) == 1:  # the view as a whole
+            logger.warning(
+                "out of memory while pooling over all of %s: sampling it", view.slide.uri
+            )
+            windows, weights = sample_windows(view, tissue, **sides, max_whole_px=0)
+            pooling = _pooled(model, windows, weights, halo_px=halo)
+        if pooling is None:
+            raise CarnError(
+                f"memory does not suffice to pool over one window of {side_px} + 2 x {halo} px; "
+                "give the process more memory, or run fewer of them beside each other"
+            )
     engine.set_pooling(pooling)
     accuracy_db = math.nan
     if num_probes:
@@ -224,6 +235,37 @@ def _interleaved(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     for shift, bits in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
         spread = (spread | (spread << shift)) & bits
     return spread
+
+
+def _pooled(
+    model: nn.Module,
+    windows: Sequence[Rgb],
+    weights: Sequence[NDArray[np.bool_]],
+    *,
+    halo_px: int,
+) -> Pooling | None:
+    """The means over windows, of every second one as often as it takes until memory suffices.
+
+    They lie in the order of a Z curve, so that every second one still comes from all of the tissue.
+
+    Returns:
+        None where memory does not suffice for one.
+    """
+    device = next(model.parameters()).device
+    step = 1
+    while step <= len(windows):
+        pool = partial(pool_over, halo_px=halo_px, weights=weights[::step])
+        pooling = if_memory_suffices(partial(pool, model, windows[::step]))
+        if pooling is not None:
+            if step > 1:
+                logger.warning(
+                    "out of memory on %s while pooling over %d windows: going on with %d",
+                    *(device, len(windows), len(windows[::step])),
+                )
+            return pooling
+        free_memory(device)
+        step *= 2
+    return None
 
 
 def _max_pooled_px(model: nn.Module) -> int:

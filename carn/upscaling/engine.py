@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +24,15 @@ from torch import Tensor, nn
 from carn.errors import CarnError
 from carn.models.table import MODELS
 from carn.slides.slide import Rgb
+from carn.training.engine import has_bf16, keep_freed_memory
 from carn.upscaling.folding import can_fold, fold, refold
 from carn.upscaling.pooling import Pooling, check_pooling, frozen, has_pooling
-from carn.upscaling.precision import Precision, choose_precision, has_bf16, to_bf16
+from carn.upscaling.precision import Precision, choose_precision, to_bf16
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Value = TypeVar("Value", np.uint8, np.float32)
 
 # Windows start at multiples of this many LR px: halves and Haar levels then have one grid, also at
 # x3. Halos are multiples of it for the same reason.
@@ -158,18 +162,7 @@ class Engine:
             ValueError: the window is no RGB, or has nothing within the halo.
             CarnError: memory does not suffice for the smallest windows.
         """
-        height, width = self._interior(window)
-        boxes = _boxes(height, width, side_px=self.window_px)
-        if len(boxes) == 1:
-            sr = self._upscaled_at_once(window)
-            if sr is not None:
-                return sr
-            self._shrink(max(height, width))
-            return self.upscale(window)
-        assembly = _Assembly(height, width, boxes=boxes, scale=self.scale)
-        for box in boxes:
-            assembly.put(self.upscale(box.cut(window, halo_px=self.halo_px)))
-        return assembly.sr
+        return self._in_parts(window, self._pixels_of)
 
     def upscale_many(self, windows: Iterable[Rgb]) -> Iterator[Rgb]:
         """SR of windows in their order, as `upscale` gives it.
@@ -184,7 +177,7 @@ class Engine:
             for window in windows:
                 yield self.upscale(window)
             return
-        assemblies: deque[_Assembly] = deque()
+        assemblies: deque[_Assembly[np.uint8]] = deque()
 
         def pieces() -> Iterator[Rgb]:
             for window in windows:
@@ -200,15 +193,14 @@ class Engine:
                 yield assemblies.popleft().sr
 
     def upscale_float(self, window: Rgb) -> NDArray[np.float32]:
-        """SR of a window on 0..1 before it is clamped and rounded, inferred at once.
+        """SR of a window on 0..1 before it is clamped and rounded.
 
         For measuring; see `carn.upscaling.accuracy`.
+
+        Raises:
+            ValueError, CarnError: as `upscale`.
         """
-        self._interior(window)
-        with torch.inference_mode(), self._convolutions():
-            sr = self._sr(self._program(), _as_tensor(window).to(self.device))
-        pixels: NDArray[np.float32] = sr.permute(1, 2, 0).contiguous().cpu().numpy()
-        return pixels
+        return self._in_parts(window, self._floats_of)
 
     # ------------------------------------------------------------------------------- computing
 
@@ -320,16 +312,32 @@ class Engine:
             )
         return height, width
 
-    def _upscaled_at_once(self, window: Rgb) -> Rgb | None:
-        """SR; None where memory did not suffice."""
-        try:
-            pixels = self._computed(_as_tensor(window).to(self.device))
-            sr: Rgb = pixels.cpu().numpy()
-            return sr
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+    def _in_parts(self, window: Rgb, infer: Callable[[Rgb], NDArray[Value]]) -> NDArray[Value]:
+        """SR by a function that infers at once, of parts as large as memory allows."""
+        height, width = self._interior(window)
+        boxes = _boxes(height, width, side_px=self.window_px)
+        if len(boxes) == 1:
+            sr = if_memory_suffices(lambda: infer(window))
+            if sr is not None:
+                return sr
+            self._shrink(max(height, width))
+            return self._in_parts(window, infer)
+        assembly = _Assembly[Value](height, width, boxes=boxes, scale=self.scale)
+        for box in boxes:
+            assembly.put(self._in_parts(box.cut(window, halo_px=self.halo_px), infer))
+        return assembly.sr
+
+    def _pixels_of(self, window: Rgb) -> Rgb:
+        """SR as pixels, inferred at once."""
+        sr: Rgb = self._computed(_as_tensor(window).to(self.device)).cpu().numpy()
+        return sr
+
+    def _floats_of(self, window: Rgb) -> NDArray[np.float32]:
+        """SR on 0..1, not clamped, inferred at once."""
+        with torch.inference_mode(), self._convolutions():
+            sr = self._sr(self._program(), _as_tensor(window).to(self.device))
+        pixels: NDArray[np.float32] = sr.permute(1, 2, 0).contiguous().cpu().numpy()
+        return pixels
 
     def _shrink(self, side_px: int) -> None:
         """Infer less at once from now on, after windows of `side_px` did not fit."""
@@ -343,8 +351,7 @@ class Engine:
         halved = tried_px // 2 // GRID_PX * GRID_PX
         self.window_px = max(MIN_WINDOW_PX, halved)
         self._graphs.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
         logger.warning(
             "out of memory on %s with windows of %d px: going on with %d px",
             self.device,
@@ -427,8 +434,6 @@ def make_engine(model: nn.Module, config: EngineConfig) -> Engine:
     if precision == "bf16" and not has_bf16(device):
         logger.warning("%s has no bf16 multiplication: fp32 is faster here", device)
     if device.type == "cpu":
-        from carn.training.engine import keep_freed_memory
-
         keep_freed_memory()
     form = Form(
         device=device,
@@ -458,6 +463,22 @@ def reference_engine(model: nn.Module) -> Engine:
         is_captured=False,
     )
     return Engine(model, form, window_px=DEFAULT_WINDOW_PX)
+
+
+def if_memory_suffices(call: Callable[[], Result]) -> Result | None:
+    """What a call returns; None where memory did not suffice for it."""
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what torch keeps of a GPU's memory without using it; others may want it whole."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -541,23 +562,25 @@ def _boxes(height: int, width: int, *, side_px: int) -> list[_Box]:
     ]
 
 
-class _Assembly:
+class _Assembly(Generic[Value]):
     """The SR of a window that is put together from parts, in their order."""
+
+    sr: NDArray[Value]
 
     def __init__(self, height: int, width: int, *, boxes: list[_Box], scale: int) -> None:
         self._boxes = deque(boxes)
         self._scale = scale
-        self._is_single = len(boxes) == 1
-        shape = (0, 0, 3) if self._is_single else (height * scale, width * scale, 3)
-        self.sr: Rgb = np.empty(shape, dtype=np.uint8)
+        self._shape = (height * scale, width * scale, 3)
 
     @property
     def is_whole(self) -> bool:
         return not self._boxes
 
-    def put(self, sr: Rgb) -> None:
+    def put(self, sr: NDArray[Value]) -> None:
         box, scale = self._boxes.popleft(), self._scale
-        if self._is_single:
+        if sr.shape == self._shape:
             self.sr = sr
         else:
+            if not hasattr(self, "sr"):
+                self.sr = np.empty(self._shape, dtype=sr.dtype)
             self.sr[box.y0 * scale : box.y1 * scale, box.x0 * scale : box.x1 * scale] = sr

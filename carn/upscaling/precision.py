@@ -18,6 +18,7 @@ from carn.models.edsr import ResidualBlock as EdsrBlock
 from carn.models.rcan import Rcan
 from carn.models.rdn import Rdb, Rdn
 from carn.models.swdnet import SwdNet
+from carn.training.engine import has_bf16
 from carn.upscaling.folding import Skip
 
 Precision = Literal["fp32", "bf16"]
@@ -62,15 +63,6 @@ def choose_precision(
 def offers_bf16(model: nn.Module) -> bool:
     """Whether the model has a form for bfloat16 that keeps 60 dB."""
     return isinstance(model, _IN_BF16)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively; elsewhere it is slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Private, yet the only names torch has for these.
-    is_supported: bool = torch.cpu._is_avx512_bf16_supported()
-    return is_supported or bool(torch.cpu._is_amx_tile_supported())
 
 
 def to_bf16(network: nn.Module) -> None:

@@ -43,7 +43,8 @@ def choose_show(
             and those lie near whatever might be tissue.
 
     Returns:
-        Index of the block, and the (x, y) LR px of the crop's top-left corner.
+        Index of the block, and the (x, y) LR px of the crop's top-left corner: the first px of a
+        cell that lies in the block, or the block's first where it holds no whole cell.
     """
     columns = -(-extent_lr[0] * scale // block_px)
     rows = -(-extent_lr[1] * scale // block_px)
@@ -68,14 +69,14 @@ def choose_show(
             if rank > best_rank:
                 best, best_rank = (row, column), rank
     row, column = best
-    x0, y0 = int(column * side), int(row * side)
-    width = min(int(side), extent_lr[0] - x0)
-    height = min(int(side), extent_lr[1] - y0)
-    centre = (x0 + width / 2, y0 + height / 2)
+    x0, x1 = _whole_px(column * block_px, (column + 1) * block_px, scale)
+    y0, y1 = _whole_px(row * block_px, (row + 1) * block_px, scale)
+    x1, y1 = min(x1, extent_lr[0]), min(y1, extent_lr[1])
+    centre = ((x0 + x1) / 2, (y0 + y1) / 2)
     candidates = [
         (x, y)
-        for y in range(-(-y0 // CELL_PX) * CELL_PX, y0 + height - CELL_PX + 1, CELL_PX)
-        for x in range(-(-x0 // CELL_PX) * CELL_PX, x0 + width - CELL_PX + 1, CELL_PX)
+        for y in range(-(-y0 // CELL_PX) * CELL_PX, y1 - CELL_PX + 1, CELL_PX)
+        for x in range(-(-x0 // CELL_PX) * CELL_PX, x1 - CELL_PX + 1, CELL_PX)
         if cells is None or cells.cells[y // CELL_PX, x // CELL_PX]
     ]
     middle = CELL_PX / 2
@@ -85,6 +86,11 @@ def choose_show(
         return -stain(*place, CELL_PX), away
 
     return row * columns + column, min(candidates or [(x0, y0)], key=rank_of)
+
+
+def _whole_px(start: int, stop: int, scale: int) -> tuple[int, int]:
+    """LR px [first, last) that lie in the SR px [start, stop) with all of theirs."""
+    return -(-start // scale), stop // scale
 
 
 def _tissue_share(cells: TissueCells | None, x: float, y: float, side_px: float) -> float:
@@ -109,16 +115,17 @@ def shown_facts(plan: SlidePlan, index: int, read: LrBlock, pixels: Rgb) -> dict
     facts: dict[str, Any] = {}
     columns = -(-plan.spec.extent[0] // plan.spec.block_px)
     if index == plan.show:
-        x, y = plan.show_cell
         side = min(CROP_LR_PX, CROP_SR_PX // scale)
-        width = min(side, plan.lr_extent[0] - x, -(-region.x1 // scale) - x)
-        height = min(side, plan.lr_extent[1] - y, -(-region.y1 // scale) - y)
-        left, top = x - region.x, y - region.y
-        facts["crop_lr"] = read.pixels[top : top + height, left : left + width]
-        left, top = x * scale - region.x0, y * scale - region.y0
-        facts["crop_sr"] = pixels[
-            max(0, top) : top + height * scale, max(0, left) : left + width * scale
-        ]
+        first_x, last_x = _whole_px(region.x0, region.x1, scale)
+        first_y, last_y = _whole_px(region.y0, region.y1, scale)
+        x, y = max(plan.show_cell[0], first_x), max(plan.show_cell[1], first_y)
+        width, height = min(side, last_x - x), min(side, last_y - y)
+        # The last block of a row may be narrower than one px of LR.
+        if min(width, height) > 0:
+            left, top = x - region.x, y - region.y
+            facts["crop_lr"] = read.pixels[top : top + height, left : left + width]
+            left, top = x * scale - region.x0, y * scale - region.y0
+            facts["crop_sr"] = pixels[top : top + height * scale, left : left + width * scale]
         facts["rim_right"] = pixels[:, -rim_px(scale) :]
         facts["seam_right"] = _middle(pixels)[:, -SEAM_PX:]
     elif index == plan.show + 1 and index % columns:

@@ -114,6 +114,16 @@ def test_bf16_keeps_weights_and_loss_in_float32(
     assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_where_it_is_slower_is_said(
+    dataset_uri: str, output: str, monkeypatch: pytest.MonkeyPatch, caplog, has_bf16: bool
+) -> None:
+    monkeypatch.setattr("carn.training.loop.has_bf16", lambda _device: has_bf16)
+    config = tiny_config(optimizer={"precision": "bf16"}, steps=1)
+    run(config, dataset_uri, output)
+    assert ("fp32 is faster here" in caplog.text) != has_bf16
+
+
 def test_freed_memory_is_kept_where_glibc_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
 

@@ -1,11 +1,14 @@
 """Sampled windows stand for the slide's tissue; poolings are those of the whole."""
 
+import logging
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from carn.errors import CarnError, DamagedTileError
 from carn.slides.slide import Rgb
@@ -196,6 +199,78 @@ def test_a_network_that_does_not_pool_or_is_not_to_has_no_pooling() -> None:
     assert math.isnan(found.accuracy_db)
     carn = small_carn(2)
     assert calibrate(view, carn, reference_engine(carn), pools=False).pooling is None
+
+
+def short_of_memory(model: nn.Module, limit_px: int) -> nn.Module:
+    """The network, where memory does not suffice for more px at once."""
+
+    def refuse(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if args[0].shape[0] * args[0].shape[2] * args[0].shape[3] > limit_px:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.register_forward_pre_hook(refuse)
+    return model
+
+
+def test_fewer_windows_are_pooled_over_where_memory_does_not_suffice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    view, model = slide_view(addresses(1700, 1600)), small_carn(2)
+    engine = reference_engine(model)
+    side = 64 + 2 * engine.halo_px
+    tissue = TissueCells.everywhere(view.extent)
+    windows, weights = sample_windows(
+        view, tissue, side_px=64, num_windows=9, halo_px=engine.halo_px, seed=1, max_whole_px=0
+    )
+    expected = pool_over(model, windows[::4], halo_px=engine.halo_px, weights=weights[::4])
+    assert len(windows[::4]) == 3
+    scarce = short_of_memory(model, 3 * side**2)
+    with caplog.at_level(logging.WARNING):
+        found = calibrate(view, scarce, engine, side_px=64, num_windows=9)
+    assert found.pooling is not None
+    for name, mean in expected.means.items():
+        torch.testing.assert_close(found.pooling.means[name], mean)
+    assert math.isinf(found.accuracy_db)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("pooling over 9 windows: going on with 3")
+
+
+def test_a_view_that_is_too_large_to_be_taken_whole_is_sampled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    view, model = view_of(draw(300, 260)), small_carn(2)
+    engine = reference_engine(model)
+    scarce = short_of_memory(model, 5 * (64 + 2 * engine.halo_px) ** 2)
+    with caplog.at_level(logging.WARNING):
+        found = calibrate(view, scarce, engine, side_px=64, num_windows=8)
+    assert found.pooling is not None
+    whole, fewer = (record.getMessage() for record in caplog.records)
+    assert "over all of drawn: sampling it" in whole
+    assert fewer.endswith("going on with 4")
+
+
+def test_what_the_engine_is_tried_on_is_cut_where_memory_does_not_suffice() -> None:
+    view, model = view_of(draw(300, 260)), small_edsr(2)
+    engine = reference_engine(short_of_memory(model, 100**2))
+    found = calibrate(view, model, engine, side_px=128)
+    assert math.isinf(found.accuracy_db)
+    assert engine.window_px == 64
+
+
+def test_memory_for_one_window_must_suffice() -> None:
+    view, model = view_of(draw(300, 260)), short_of_memory(small_carn(2), 100)
+    with pytest.raises(CarnError, match=r"one window of 64 .* give the process more memory"):
+        calibrate(view, model, reference_engine(model), side_px=64)
+
+
+def test_other_errors_of_pooling_are_not_taken_for_want_of_memory() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("illegal memory access")
+
+    model = small_carn(2)
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        calibrate(view_of(draw(100, 100)), model, reference_engine(model))
 
 
 def test_calibrations_go_through_bytes() -> None:

@@ -1,0 +1,108 @@
+"""A slide through all steps of the job, in this process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import ImageCms
+
+from carn import storage
+from carn.models import build_model
+from carn.models.carn import CarnConfig
+from carn.models.checkpoint import checkpoint_hash, read_checkpoint, write_checkpoint
+from carn.report.sr_records import SlideSummary
+from carn.slides import open_slide
+from carn.slides.slide_output import SlideFormat
+from carn.upscaling.engine import EngineConfig
+from carn.upscaling.finish import finish
+from carn.upscaling.lr_view import InputConfig
+from carn.upscaling.task import PixelConfig, SlideTask
+from carn.upscaling.work import BlockMaker, inspect
+from tests.conftest import draw
+
+WriteSlide = Callable[..., Path]
+ICC_TAG = 34675
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+READERS = {"tiled-jpeg": "jpeg", "openslide": "deflate"}
+
+
+def upscaled(path: Path, folder: Path, *, scale: int) -> tuple[Path, SlideSummary, set[str]]:
+    """The finished slide, what became of it, and the kinds of its pictures."""
+    torch.manual_seed(0)
+    config = CarnConfig(num_blocks=1, channels=8, reduction=4)
+    model = build_model("carn", scale=scale, config=config)
+    uri = str(folder / "model")
+    write_checkpoint(
+        uri, model=model, model_name="carn", training=None, step=0, dataset=None, metrics={}
+    )
+    checkpoint = read_checkpoint(uri)
+    task = SlideTask(
+        name="case/One",
+        uri=str(path),
+        identity=storage.identity(str(path)),
+        is_image=False,
+        checkpoint=checkpoint.uri,
+        checkpoint_hash=checkpoint_hash(checkpoint),
+        model="carn",
+        scale=scale,
+        halo_px=16,
+        input=InputConfig(mpp=0.25),
+        pixels=PixelConfig(),
+        precision="fp32",
+        format=SlideFormat(tile_px=64),
+        output=str(folder / "sr"),
+        block_px=256,
+        code_version="1",
+    )
+    plan = inspect(task)
+    maker = BlockMaker(EngineConfig(device="cpu", precision="fp32"), num_writers=1)
+    maker.calibrate(plan)
+    for index in range(plan.num_blocks):
+        maker.begin_block(plan, index)[0].result()
+    summary, _ = finish(plan, threshold_db=30, has_pictures=True)
+    return Path(task.output_uri), summary, set(summary.pictures)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_scanners_profile_comes_through(
+    reader: str, write_slide: WriteSlide, tmp_path: Path
+) -> None:
+    path = write_slide(
+        extent=(150, 90), tile_px=64, compression=READERS[reader], iccprofile=SRGB, num_levels=1
+    )
+    with open_slide(path) as slide:
+        assert slide.reader == reader
+        assert slide.properties.icc_profile == SRGB
+    output, summary, _ = upscaled(path, tmp_path, scale=2)
+    assert summary.status == "done"
+    with tifffile.TiffFile(output) as tiff:
+        assert tiff.pages[0].tags[ICC_TAG].value == SRGB
+    with open_slide(output) as slide:
+        assert slide.properties.icc_profile == SRGB
+
+
+def test_a_profile_of_other_colours_than_rgb_is_left_out(
+    write_slide: WriteSlide, tmp_path: Path
+) -> None:
+    path = write_slide(extent=(150, 90), tile_px=64, iccprofile=LAB, num_levels=1)
+    output, _, _ = upscaled(path, tmp_path, scale=2)
+    with tifffile.TiffFile(output) as tiff:
+        assert ICC_TAG not in tiff.pages[0].tags
+
+
+def test_a_slide_at_x3_is_finished_with_its_pictures(
+    write_slide: WriteSlide, tmp_path: Path
+) -> None:
+    # The stain lies in the last of three blocks, which begins and ends within px of LR and holds no
+    # whole cell.
+    pixels = np.full((90, 250, 3), 235, dtype=np.uint8)
+    pixels[:, 175:] = draw(75, 90)
+    pixels[:, 175:, 1] //= 3
+    path = write_slide(pixels=pixels, tile_px=64, num_levels=1)
+    _, summary, pictures = upscaled(path, tmp_path, scale=3)
+    assert summary.status == "done"
+    assert "crop" in pictures
