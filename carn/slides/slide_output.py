@@ -35,6 +35,8 @@ BACKGROUND = 255
 # Objects of a work folder that are read or written at once: storage answers each in tens of ms.
 CONCURRENCY = 16
 
+# In a work folder: the OutputSpec, as JSON; there before all else of the output, and after it.
+SPEC = "output.json"
 _RECORD = re.compile(r"(\d{6})\.npz")
 _FACT = "fact."
 T = TypeVar("T")
@@ -373,6 +375,10 @@ class SlideOutput(ABC):
     def _work(self, *names: str) -> str:
         return storage.join(self.spec.work_uri, *names)
 
+    def _write_spec(self) -> None:
+        """Say what is written from here, for who finds the folder when we are gone."""
+        storage.write_bytes(self._work(SPEC), self.spec.to_json().encode())
+
     def _record_uri(self, index: int) -> str:
         return self._work("blocks", f"{index:06d}.npz")
 
@@ -443,11 +449,12 @@ class SlideOutput(ABC):
         with ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="delete") as pool:
             list(pool.map(lambda uri: storage.delete([uri]), uris))
 
-    def _remove_work(self, *, last: str) -> None:
-        """Remove the work folder, the object of the name `last` after all others."""
+    def _remove_work(self, *, last: Sequence[str]) -> None:
+        """Remove the work folder, the objects of the names `last` after all others, in order."""
+        kept = [self._work(name) for name in last]
         found = [item.uri for item in storage.list_objects(self.spec.work_uri)]
-        self._delete([uri for uri in found if uri != self._work(last)])
-        storage.delete([self._work(last)])
+        self._delete([uri for uri in found if uri not in kept])
+        storage.delete(kept)
         storage.delete_unfinished(self.spec.work_uri)
         storage.delete_below(self.spec.work_uri)  # the folders
 

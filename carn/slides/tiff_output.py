@@ -33,6 +33,7 @@ from carn.slides.encoding import NOT_FLAT, EncodedTiles, encode_block, encode_ti
 from carn.slides.slide import Rgb
 from carn.slides.slide_output import (
     CONCURRENCY,
+    SPEC,
     Finished,
     OutputSpec,
     Record,
@@ -122,6 +123,7 @@ class TiffOutput(SlideOutput):
     # -------------------------------------------------------------------------------- blocks
 
     def begin(self) -> None:
+        self._write_spec()
         while True:
             generation, upload_id = self._find_upload()
             self._upload_id = upload_id
@@ -246,15 +248,15 @@ class TiffOutput(SlideOutput):
                 raise UnfinishedError(self.spec.uri, tuple(range(self.num_blocks))) from error
         # The record of the commit goes last: whoever is killed here finds that it was done.
         if not keep_work:
-            self._remove_work(last=_COMMIT)
+            self._remove_work(last=(SPEC, _COMMIT))
         return finished
 
     def discard(self) -> None:
         for item in self._upload_records():
             upload_id = json.loads(storage.read_bytes(item.uri))["upload_id"]
             uploads.abort(self.spec.uri, upload_id)
-        # The upload's name goes last, lest parts stay that nobody knows of.
-        self._remove_work(last=f"upload-{self._find_upload()[0]:06d}.json")
+        # The upload's name goes late, lest parts stay that nobody knows of.
+        self._remove_work(last=(f"upload-{self._find_upload()[0]:06d}.json", SPEC))
         self._upload_id = None
 
     def _resume_commit(self) -> Finished | None:

@@ -8,6 +8,7 @@ Source: https://ngff.openmicroscopy.org/0.5/; https://zarr-specs.readthedocs.io/
 """
 
 import base64
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from carn.slides.slide_output import (
     BACKGROUND,
     CONCURRENCY,
     NOTICE,
+    SPEC,
     Finished,
     OutputSpec,
     Record,
@@ -63,6 +65,7 @@ class ZarrOutput(SlideOutput):
     def begin(self) -> None:
         if self._resume_commit() is not None or storage.is_file(self._work(_STARTED)):
             return
+        self._write_spec()  # shards without a root are to be known as ours
         storage.delete([self._target(METADATA)])
         storage.write_bytes(self._work(_STARTED), json.dumps({"uri": self.spec.uri}).encode())
 
@@ -87,7 +90,7 @@ class ZarrOutput(SlideOutput):
     ) -> int:
         self._check_block(index, pixels)
         num_levels = num_block_levels(self.spec)
-        sizes, etags = [], []
+        sizes, etags, hashes = [], [], []
         started, uploading_s = time.perf_counter(), 0.0
         level_px = pixels
         for level, level_px in enumerate(block_levels(pixels, num_levels=num_levels)):
@@ -100,14 +103,21 @@ class ZarrOutput(SlideOutput):
                 storage.delete([uri])  # of an attempt whose block was not white
                 sizes.append(0)
                 etags.append("")
+                hashes.append("")
                 continue
             encoded = time.perf_counter()
             storage.write_bytes(uri, content)
             sizes.append(len(content))
             etags.append(storage.stat(uri).etag or "")
+            hashes.append("" if etags[-1] else _hash_of(content))
             uploading_s += time.perf_counter() - encoded
         piece = halved(level_px) if has_more_levels(self.spec) else pixels
-        arrays = {"sizes": np.array(sizes, np.uint64), "etags": np.array(etags), "piece": piece}
+        arrays = {
+            "sizes": np.array(sizes, np.uint64),
+            "etags": np.array(etags),
+            "hashes": np.array(hashes),
+            "piece": piece,
+        }
         self._write_record(index, arrays, facts=facts)
         if seconds is not None:
             seconds["upload_s"] = uploading_s
@@ -126,19 +136,28 @@ class ZarrOutput(SlideOutput):
         folder = self.spec.uri.rstrip("/") + "/"
         return {item.uri.removeprefix(folder): item for item in storage.list_objects(self.spec.uri)}
 
-    def _shards_of(self, record: Record) -> Iterator[tuple[str, int, str]]:
-        """(name, size, etag) of the shards that a record speaks of."""
-        for level, (size, etag) in enumerate(
-            zip(record.arrays["sizes"].tolist(), record.arrays["etags"].tolist(), strict=True)
-        ):
+    def _shards_of(self, record: Record) -> Iterator[tuple[str, int, str, str]]:
+        """(name, size, etag, hash) of the shards that a record speaks of."""
+        known = (record.arrays[name].tolist() for name in ("sizes", "etags", "hashes"))
+        for level, (size, etag, digest) in enumerate(zip(*known, strict=True)):
             if size:
-                yield self._shard(record.index, level), size, etag
+                yield self._shard(record.index, level), size, etag, digest
 
     def _is_stored(self, record: Record, there: Mapping[str, ObjectStat]) -> bool:
         return all(
             name in there and (there[name].size, there[name].etag or "") == (size, etag)
-            for name, size, etag in self._shards_of(record)
+            for name, size, etag, _ in self._shards_of(record)
         )
+
+    def _is_unchanged(self, record: Record, there: Mapping[str, ObjectStat]) -> bool:
+        """As `_is_stored`; what no etag vouches for is read for it."""
+        try:
+            return self._is_stored(record, there) and all(
+                etag or _hash_of(storage.read_bytes(self._target(name))) == digest
+                for name, _, etag, digest in self._shards_of(record)
+            )
+        except MissingObjectError:
+            return False
 
     # -------------------------------------------------------------------------------- finish
 
@@ -160,16 +179,16 @@ class ZarrOutput(SlideOutput):
             assert finished is not None
         # The record of the commit goes last: whoever is killed here finds that it was done.
         if not keep_work:
-            self._remove_work(last=_COMMIT)
+            self._remove_work(last=(SPEC, _COMMIT))
         return finished
 
     def discard(self) -> None:
         # Beginning took away any root that was there: one that is there now is this slide's.
-        if storage.is_file(self._work(_STARTED)) and not storage.is_file(self._target(METADATA)):
+        if storage.is_file(self._work(SPEC)) and not storage.is_file(self._target(METADATA)):
             self._delete([item.uri for item in self._listed().values()])
             storage.delete_unfinished(self.spec.uri)
             storage.delete_below(self.spec.uri)  # the folders
-        self._remove_work(last=_STARTED)
+        self._remove_work(last=(SPEC,))
 
     def _resume_commit(self) -> Finished | None:
         """Write the root whose content is recorded; None where nothing is ready for that."""
@@ -197,12 +216,12 @@ class ZarrOutput(SlideOutput):
         smallest: list[Rgb] = []
 
         def seen(record: Record) -> None:
-            sizes.update((name, size) for name, size, _ in self._shards_of(record))
+            sizes.update((name, size) for name, size, *_ in self._shards_of(record))
 
         def top_shards() -> Iterator[tuple[str, bytes]]:
             tile_px = self.spec.format.tile_px
             rows = [0] * len(extents)
-            bands = self._bands(lambda record: self._is_stored(record, there), seen=seen)
+            bands = self._bands(lambda record: self._is_unchanged(record, there), seen=seen)
             # A slide of one level has no top levels, but its pieces are the thumbnail.
             strips = level_strips(bands, num_levels=max(1, num_tops), strip_px=tile_px)
             for top, strip in strips:
@@ -230,6 +249,10 @@ class ZarrOutput(SlideOutput):
         for name in folders - {METADATA}:
             storage.delete_below(self._target(name))  # their empty remains on a local disk
         return set(sizes), sum(sizes.values()), np.concatenate(smallest)
+
+
+def _hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def encode_shards(pixels: Rgb, *, shard_px: int, chunk_px: int) -> dict[tuple[int, int], bytes]:

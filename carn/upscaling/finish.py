@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,12 @@ from carn.report.sr_records import (
     SlideSummary,
 )
 from carn.report.sr_summary import crop_pair, join_seams, seam_profile
-from carn.slides.slide_output import open_output
+from carn.slides.slide_output import SlideOutput, open_output
 from carn.upscaling import consistency
 from carn.upscaling.calibration import Calibration
-from carn.upscaling.outbox import is_done, mark_done, unmark
+from carn.upscaling.outbox import is_done, mark_done, publish_notes, stage_notes, unmark
 from carn.upscaling.showing import JPEG_PX, SHOWN, jpeg, rim_px
-from carn.upscaling.task import SlidePlan, key_of
+from carn.upscaling.task import SlidePlan, SlideTask, key_of
 from carn.upscaling.work import (
     ICC_NAME,
     THUMBNAIL_NAME,
@@ -52,7 +52,9 @@ def finish(
 ) -> tuple[SlideSummary, dict[str, bytes]]:
     """Commit a slide whose blocks are all on storage; may be called again if it was killed.
 
-    Writes `<name>.consistency.png` and `<name>.json` beside the slide first, then the slide.
+    Writes `<name>.consistency.png` and `<name>.json` beside the slide first, then the slide. Where
+    that takes another's place, they take the place of the other's after it: who is killed between
+    leaves them in the work folder, and `outbox` sees to it that they get there.
 
     Args:
         plan: the slide.
@@ -66,9 +68,10 @@ def finish(
         UnfinishedError: blocks are missing or no longer what was recorded.
         CarnError: storage failed, or the input was replaced.
     """
-    if is_done(plan.task):  # by a call that was killed before it could say so
-        return _noted(plan), {}
     task, output = plan.task, open_output(plan.spec)
+    if is_done(task):  # by a call that was killed before it could say so
+        _tidy_up(output, task)
+        return _noted(plan), {}
     num_inferred_px = num_background_px = 0
     damage: list[DamagedPlace] = []
     shown: dict[str, Any] = {}
@@ -101,18 +104,18 @@ def finish(
         pictures["consistency"] = heat_map
         thumbnail = kept_look(plan, THUMBNAIL_NAME)
         pictures |= {"lr": thumbnail} if thumbnail is not None else {}
+    stage_notes(task, {"consistency.png": heat_map, "json": _notes(plan, summary).encode()})
+    is_replacing = storage.is_file(task.committed_uri)
     base = storage.join(task.output, task.name)
-    storage.write_bytes(f"{base}.consistency.png", heat_map)
-    storage.write_bytes(f"{base}.json", _notes(plan, summary).encode())
+    if not is_replacing:  # who finds a new slide finds its notes
+        publish_notes(task.work_uri, base)
     # The records stay until the slide is noted as done: who is killed before has all of this to do
     # again.
     unmark(task)
     finished = output.finish(icc_profile=_rgb_profile(plan), keep_work=True)
-    try:
-        mark_done(task)
-        output.discard()
-    except StorageError as error:  # the slide is there: the next run will find out
-        logger.warning("%s is finished, but not tidied up: %s", task.name, error)
+    if is_replacing:
+        publish_notes(task.work_uri, base)
+    _tidy_up(output, task)
     if has_pictures:
         pictures["sr"] = jpeg(finished.thumbnail)
     names = {kind: _picture_name(plan, kind, content) for kind, content in pictures.items()}
@@ -120,6 +123,15 @@ def finish(
         summary, size_bytes=finished.size, num_parts=finished.num_parts, pictures=names
     )
     return summary, {names[kind]: content for kind, content in pictures.items()}
+
+
+def _tidy_up(output: SlideOutput, task: SlideTask) -> None:
+    """Note a slide as done, and remove its work folder; another run does what fails here."""
+    try:
+        mark_done(task)
+        output.discard()
+    except StorageError as error:
+        logger.warning("%s is finished, but not tidied up: %s", task.name, error)
 
 
 def _begun_summary(plan: SlidePlan) -> SlideSummary:
@@ -212,11 +224,20 @@ def _seam(shown: Mapping[str, Any], scale: int) -> Seam | None:
 
 
 def _pictures(shown: Mapping[str, Any], scale: int) -> dict[PictureKind, bytes]:
-    pictures: dict[PictureKind, bytes] = {}
+    """Pictures of what was kept; one that cannot be made is left out."""
+    drawn: dict[PictureKind, Callable[[], bytes]] = {}
     if "crop_lr" in shown and "crop_sr" in shown:
-        pictures["crop"] = crop_pair(shown["crop_lr"], shown["crop_sr"], scale)
+        drawn["crop"] = lambda: crop_pair(shown["crop_lr"], shown["crop_sr"], scale)
     if "seam_left" in shown and "seam_right" in shown:
-        pictures["seam"] = jpeg(np.concatenate([shown["seam_right"], shown["seam_left"]], axis=1))
+        sides = (shown["seam_right"], shown["seam_left"])
+        drawn["seam"] = lambda: jpeg(np.concatenate(sides, axis=1))
+    pictures: dict[PictureKind, bytes] = {}
+    for kind, draw in drawn.items():
+        try:
+            pictures[kind] = draw()
+        # Whatever it was, a picture for the report is no reason to keep a finished slide back.
+        except Exception:
+            logger.exception("the picture %r cannot be drawn and is left out of the report", kind)
     return pictures
 
 

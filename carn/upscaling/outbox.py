@@ -1,15 +1,17 @@
 """What an output folder says of each slide: finished, in the way, begun by a run that is gone.
 
 Below the output: the slides; `_state/done/<name>@<digest>.<size>` for every finished one;
-`_state/claims`; `_work/<name>/<digest>/` for unfinished ones; `runs/<id>/`.
+`_state/claims`; `_work/<name>/<digest>/` for unfinished ones; `runs/<id>/`. Beside each slide lie
+its notes, `<name>.json` and `<name>.consistency.png`.
 """
 
 import json
 import logging
-import re
 import socket
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,6 +20,8 @@ from carn import storage, uploads
 from carn.claims import Claim, Holder, Lease, claim, find_holder, is_gone
 from carn.errors import MissingObjectError
 from carn.slides.provenance import read_provenance
+from carn.slides.slide_output import SPEC, OutputSpec, SlideOutput, open_output
+from carn.storage import ObjectStat
 from carn.upscaling.task import SlideTask, key_of
 
 logger = logging.getLogger(__name__)
@@ -25,7 +29,10 @@ logger = logging.getLogger(__name__)
 NUM_THREADS = 16
 # Of a work folder whose slide has been, or is about to be, committed.
 COMMIT = "commit.npz"
-UPLOAD_RECORD = re.compile(r"upload-\d+\.json")
+# In a work folder: what is to lie beside the slide, by the end of its name.
+NOTES = "notes"
+# What a slide's name ends with, by container; see SlideTask.output_uri.
+SUFFIXES = {"tiff": ".tif", "ome-zarr": ".ome.zarr"}
 Status = Literal["todo", "skipped", "conflict"]
 
 
@@ -49,15 +56,35 @@ class SlideClaims:
         Raises:
             AccessDeniedError, StorageError: the claims cannot be read or written.
         """
-        key = key_of(name)
+        return self._take(key_of(name))
+
+    def _take(self, key: str) -> bool:
         holder = find_holder(self._root, key)
         dead = holder if holder is not None and _is_dead(holder) else None
         taken = claim(self._root, key, owner=self._owner, lease_s=self._lease_s, dead=dead)
         if taken is None:
             return False
-        self._claims[name] = taken
+        self._claims[key] = taken
         self._lease.hold(taken)
         return True
+
+    @contextmanager
+    def briefly(self, key: str) -> Iterator[bool]:
+        """Claim the slide of a `key_of` for the `with` block, which is told whether it is ours.
+
+        Raises:
+            AccessDeniedError, StorageError: the claims cannot be read or written.
+        """
+        is_ours = self._take(key)
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                self._release(key)
+
+    def was_taken(self, key: str) -> bool:
+        """Whether a run has ever worked on the slide of a `key_of`."""
+        return find_holder(self._root, key) is not None
 
     def holder(self, name: str) -> str:
         """Who has a slide, in words."""
@@ -68,7 +95,7 @@ class SlideClaims:
 
     def holds(self, name: str) -> bool:
         """Whether a slide is still this run's."""
-        return name in self._claims and key_of(name) not in self._lease.lost
+        return key_of(name) in self._claims and key_of(name) not in self._lease.lost
 
     def release(self, name: str) -> None:
         """Let others have a slide.
@@ -76,7 +103,10 @@ class SlideClaims:
         Raises:
             StorageError: storage does not answer; the claim then stands until its lease ends.
         """
-        taken = self._claims.pop(name, None)
+        self._release(key_of(name))
+
+    def _release(self, key: str) -> None:
+        taken = self._claims.pop(key, None)
         if taken is not None:
             self._lease.release(taken)
 
@@ -144,11 +174,21 @@ def _judge(task: SlideTask, done: set[str], *, overwrite: bool) -> tuple[Status,
     # Nobody came to note it down, or it is of other settings: the slide itself knows.
     found = read_provenance(task.output_uri)
     if found is not None and found.get("digest") == task.digest:
-        if storage.is_file(storage.join(task.work_uri, COMMIT)):
-            return "todo", None  # what is left to do are its notes
+        if _lacks_notes(task):
+            return "todo", None  # they are all that is left to do
         mark_done(task)
         return "skipped", None
     return ("todo", None) if overwrite else ("conflict", _difference(task, found))
+
+
+def _lacks_notes(task: SlideTask) -> bool:
+    """Whether the slide was committed, by any version, and its notes were perhaps not published."""
+    folders = _work_folders(task.output, below=task.work_root)
+    return any(
+        folder == task.work_uri or _is_at_its_place(_begun(task.output, folder))
+        for folder, items in folders.items()
+        if any(item.uri == storage.join(folder, COMMIT) for item in items)
+    )
 
 
 def _difference(task: SlideTask, found: dict[str, Any] | None) -> str:
@@ -204,64 +244,155 @@ def _note_uri(task: SlideTask, size: int) -> str:
     return f"{task.done_uri}.{size}"
 
 
+def stage_notes(task: SlideTask, notes: Mapping[str, bytes]) -> None:
+    """Keep a slide's notes in its work folder: they go with it, to its place or nowhere.
+
+    Args:
+        task: the slide.
+        notes: by what follows the slide's name and a dot.
+    """
+    for end, content in notes.items():
+        storage.write_bytes(storage.join(task.work_uri, NOTES, end), content)
+
+
+def publish_notes(work_uri: str, base: str) -> None:
+    """Put the notes that were staged in a work folder beside the slide, whose name is `base`."""
+    for item in storage.list_objects(storage.join(work_uri, NOTES)):
+        content = storage.read_bytes(item.uri)
+        storage.write_bytes(f"{base}.{storage.name_of(item.uri)}", content)
+
+
 def sweep_stale(task: SlideTask) -> None:
     """Remove unfinished work on a slide that was begun with other settings or by another version.
 
     To be called by who holds the claim on the slide.
     """
-    stale = {
-        _work_folder(item.uri)
-        for item in storage.list_objects(task.work_root)
-        if not item.uri.startswith(task.work_uri + "/")
-    }
-    for folder in sorted(stale):
-        discard_work(folder)
+    for folder in _work_folders(task.output, below=task.work_root):
+        if folder != task.work_uri:
+            _discard(task.output, folder)
 
 
 def sweep_abandoned(
     output: str, claims: SlideClaims, *, days: float, tasks: Sequence[SlideTask] = ()
 ) -> None:
-    """Remove work and uploads of slides that nobody has asked for, for days.
+    """Remove what nobody will go on with, and tidy up after finished slides.
 
-    Object stores keep, and bill, the parts of an upload that was never completed.
+    That is work on slides that nobody has asked for, for days; work on slides that are there, whose
+    process was killed before it could tidy up (if it had not brought their notes to them, they are
+    brought now); and uploads that no work folder knows of, such as one whose beginning was not
+    answered. Object stores keep, and bill, the parts of an upload that was never completed.
 
     Args:
         output: folder or prefix of all slides.
         claims: of this run; slides that another run has claimed stay.
-        days: age from which work is abandoned.
+        days: age from which work and uploads are abandoned.
         tasks: what this run is about to do; their work is not abandoned.
+
+    Raises:
+        AccessDeniedError, StorageError: something could not be looked at or removed.
     """
     oldest = datetime.now(UTC) - timedelta(days=days)
-    wanted = {task.output_uri for task in tasks}
+    _sweep_work(output, claims, oldest=oldest, tasks=tasks)
+    _sweep_uploads(output, claims, oldest=oldest)
+
+
+def _sweep_work(
+    output: str, claims: SlideClaims, *, oldest: datetime, tasks: Sequence[SlideTask]
+) -> None:
+    wanted = {key_of(task.name) for task in tasks}
+    under_way = {task.work_uri for task in tasks}
+
+    def is_over(folder: str, items: Sequence[ObjectStat]) -> bool:
+        if folder in under_way:
+            return False
+        is_old = all(item.modified is not None and item.modified < oldest for item in items)
+        # Stale work on what is wanted goes when that is begun.
+        is_old = is_old and _key_of_folder(folder) not in wanted
+        return is_old or _is_at_its_place(_begun(output, folder))
+
+    folders = _work_folders(output, below=storage.join(output, "_work"))
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        verdicts = list(pool.map(is_over, folders, folders.values()))
+    for folder in (folder for folder, verdict in zip(folders, verdicts, strict=True) if verdict):
+        with claims.briefly(_key_of_folder(folder)) as is_ours:
+            # Another run may have been here meanwhile.
+            items = storage.list_objects(folder)
+            if is_ours and items and is_over(folder, items):
+                logger.info("removing %s, which nobody goes on with", folder)
+                _discard(output, folder)
+
+
+def _sweep_uploads(output: str, claims: SlideClaims, *, oldest: datetime) -> None:
     for upload in uploads.list_uploads(output):
-        if upload.started > oldest or upload.uri in wanted:
+        suffix = SUFFIXES["tiff"]
+        if upload.started > oldest or not upload.uri.endswith(suffix):
             continue
-        name = upload.uri.removeprefix(output.rstrip("/") + "/").removesuffix(".tif")
+        key = key_of(upload.uri.removeprefix(output.rstrip("/") + "/").removesuffix(suffix))
+        folder = storage.join(output, "_work", key)
         # A bucket may hold other people's uploads, too.
-        if not _is_ours(output, name, upload.upload_id) or not claims.take(name):
+        if not claims.was_taken(key) and not storage.list_objects(folder):
             continue
-        logger.info("removing the upload of %s that was begun %s", upload.uri, upload.started)
-        uploads.abort(upload.uri, upload.upload_id)
-        storage.delete_below(storage.join(output, "_work", key_of(name)))
-        claims.release(name)
+        with claims.briefly(key) as is_ours:
+            if is_ours and not _knows_of(folder, upload.upload_id):
+                logger.info("removing the upload of %s begun %s", upload.uri, upload.started)
+                uploads.abort(upload.uri, upload.upload_id)
 
 
-def _is_ours(output: str, name: str, upload_id: str) -> bool:
-    """Whether a work folder speaks of this upload."""
+def _knows_of(folder: str, upload_id: str) -> bool:
+    """Whether the records below a folder speak of an upload."""
     return any(
-        upload_id in storage.read_bytes(item.uri).decode()
-        for item in storage.list_objects(storage.join(output, "_work", key_of(name)))
-        if UPLOAD_RECORD.fullmatch(storage.name_of(item.uri))
+        upload_id in storage.read_bytes(item.uri).decode(errors="replace")
+        for item in storage.list_objects(folder)
+        if storage.name_of(item.uri).startswith("upload-")
     )
 
 
-def discard_work(folder: str) -> None:
-    """Remove a folder of unfinished work, and abort its uploads."""
-    for item in storage.list_objects(folder):
-        if UPLOAD_RECORD.fullmatch(storage.name_of(item.uri)):
-            begun = json.loads(storage.read_bytes(item.uri))
-            uploads.abort(begun["uri"], begun["upload_id"])
+def _discard(output: str, folder: str) -> None:
+    """Remove a work folder, with its upload or shards; its slide, if it is there, has its notes."""
+    begun = _begun(output, folder)
+    if begun is not None:
+        if _is_at_its_place(begun):
+            suffix = SUFFIXES[begun.spec.format.container]
+            publish_notes(folder, begun.spec.uri.removesuffix(suffix))
+        begun.discard()
+    # What was killed before its output was begun has none.
+    storage.delete_unfinished(folder)
     storage.delete_below(folder)
+
+
+def _is_at_its_place(begun: SlideOutput | None) -> bool:
+    """Whether the slide that is there is this one."""
+    return begun is not None and read_provenance(begun.spec.uri) == begun.spec.provenance
+
+
+def _begun(output: str, folder: str) -> SlideOutput | None:
+    """What is written from a work folder; None where it does not say so, or has been moved."""
+    # Anything may lie there, and must not lead to another place.
+    with suppress(MissingObjectError, ValueError, LookupError, TypeError, RecursionError):
+        spec = OutputSpec.from_json(storage.read_bytes(storage.join(folder, SPEC)).decode())
+        root, suffix = output.rstrip("/") + "/", SUFFIXES[spec.format.container]
+        name = spec.uri.removeprefix(root).removesuffix(suffix)
+        is_known = spec.uri == f"{root}{name}{suffix}" and storage.is_below(name)
+        if is_known and spec.work_uri == folder and key_of(name) == _key_of_folder(folder):
+            return open_output(spec)
+    return None
+
+
+def _work_folders(output: str, *, below: str) -> dict[str, list[ObjectStat]]:
+    """What lies below `_work`, or a part of it, by work folder."""
+    root = storage.join(output, "_work") + "/"
+    folders = defaultdict(list)
+    for item in storage.list_objects(below):
+        key, _, rest = item.uri.removeprefix(root).partition("/")
+        digest, is_within, _ = rest.partition("/")
+        if is_within:
+            folders[f"{root}{key}/{digest}"].append(item)
+    return dict(folders)
+
+
+def _key_of_folder(folder: str) -> str:
+    """The `key_of` of the slide that a work folder is of."""
+    return storage.name_of(folder.rpartition("/")[0])
 
 
 def last_speed(output: str) -> float | None:
@@ -276,9 +407,3 @@ def last_speed(output: str) -> float | None:
         if speed:
             return float(speed)
     return None
-
-
-def _work_folder(uri: str) -> str:
-    """`.../_work/<name>/<digest>` of anything below it."""
-    root, _, below = uri.partition("/_work/")
-    return "/".join([root, "_work", *below.split("/")[:2]])

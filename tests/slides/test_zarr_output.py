@@ -187,6 +187,26 @@ def test_a_slide_is_resumed_and_what_was_lost_is_done_again(
     assert not storage.list_objects(spec.work_uri)
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_shard_that_was_altered_is_done_again(
+    pixels: Rgb, tmp_path: Path, request: pytest.FixtureRequest, is_remote: bool
+) -> None:
+    folder = request.getfixturevalue("s3").uri("out") if is_remote else str(tmp_path)
+    spec = spec_of(folder, pixels)
+    output = write(spec, pixels, range(NUM_BLOCKS))
+    shard = storage.join(spec.uri, "0/c/0/1/1")
+    content = bytearray(storage.read_bytes(shard))
+    content[100] ^= 1
+    storage.write_bytes(shard, bytes(content))
+    with pytest.raises(UnfinishedError) as caught:
+        output.finish(icc_profile=None)
+    assert caught.value.blocks == (3,)
+    assert not storage.is_file(storage.join(spec.uri, "zarr.json"))
+    write(spec, pixels, caught.value.blocks).finish(icc_profile=None)
+    if not is_remote:
+        assert_holds(spec.uri, pixels)
+
+
 class Killed(BaseException):
     """What a test kills a process with."""
 

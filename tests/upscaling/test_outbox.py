@@ -196,9 +196,151 @@ def test_stale_work_is_swept_with_its_upload(tmp_path: Path) -> None:
     assert len(uploads.list_uploads(str(tmp_path))) == 2
     sweep_stale(task)
     (left,) = uploads.list_uploads(str(tmp_path))
-    (begun,) = storage.list_objects(task.work_uri)
-    assert left.upload_id == json.loads(storage.read_bytes(begun.uri))["upload_id"]
+    begun = storage.join(task.work_uri, "upload-000001.json")
+    assert left.upload_id == json.loads(storage.read_bytes(begun))["upload_id"]
     assert not storage.list_objects(stale.work_uri)
+
+
+ZARR = SlideFormat(container="ome-zarr", tile_px=16)
+
+
+def begin_slide(task: SlideTask) -> None:
+    """One of two blocks of it."""
+    output = open_output(spec_of(task))
+    output.begin()
+    output.write_block(0, np.ascontiguousarray(draw(100, 64)[:, :64]), facts={})
+
+
+def sweep(root: str, *tasks: SlideTask, days: float = -1) -> None:
+    with SlideClaims(root, owner="this", lease_s=600) as ours:
+        sweep_abandoned(root, ours, days=days, tasks=tasks)
+
+
+def left_of_work(root: str) -> list[str]:
+    return [item.uri for item in storage.list_objects(storage.join(root, "_work"))]
+
+
+def test_stale_work_is_swept_with_its_shards(tmp_path: Path) -> None:
+    stale = make_task(tmp_path, format=ZARR, identity="etag:0:0")
+    task = make_task(tmp_path, format=ZARR)
+    begin_slide(stale)
+    assert storage.list_objects(task.output_uri)
+    sweep_stale(task)
+    # Who is killed here has begun nothing, and leaves nothing that is taken for another's.
+    assert not storage.list_objects(task.output_uri)
+    assert judge([task], overwrite=False) == [("todo", None)]
+
+
+def test_stale_work_is_told_from_all_other_wherever_the_output_lies(tmp_path: Path) -> None:
+    root = tmp_path / "_work" / "sr"
+    stale, task = make_task(root, identity="etag:0:0"), make_task(root)
+    other = make_task(root, name="other")
+    for each in (stale, task, other):
+        begin_slide(each)
+    sweep_stale(task)
+    assert not storage.list_objects(stale.work_uri)
+    assert storage.list_objects(task.work_uri)
+    assert storage.list_objects(other.work_uri)
+
+
+@pytest.mark.parametrize("form", [SlideFormat(tile_px=16), ZARR])
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_abandoned_work_is_swept_with_all_that_it_wrote(
+    tmp_path: Path, request: pytest.FixtureRequest, form: SlideFormat, is_remote: bool
+) -> None:
+    root = request.getfixturevalue("s3").uri("sr") if is_remote else str(tmp_path / "sr")
+    gone = make_task(root, format=form)
+    hardly = make_task(root, name="hardly begun", format=form)
+    wanted = make_task(root, name="wanted", format=form)
+    begin_slide(gone)
+    begin_slide(wanted)
+    storage.write_bytes(storage.join(hardly.work_uri, "cells.npz"), b"")
+    before = len(left_of_work(root))
+    sweep(root, wanted, days=1)
+    assert len(left_of_work(root)) == before
+    sweep(root, wanted)
+    assert left_of_work(root) == [
+        item.uri for item in storage.list_objects(storage.join(root, "_work", "wanted"))
+    ]
+    assert open_output(spec_of(wanted)).done_blocks() == {0}
+    assert not storage.list_objects(gone.output_uri)
+    assert [item.uri for item in uploads.list_uploads(root)] == [wanted.output_uri] * (form != ZARR)
+
+
+def test_work_that_was_taken_up_again_is_not_abandoned(tmp_path: Path) -> None:
+    root, task = str(tmp_path), make_task(tmp_path)
+    begin_slide(task)
+    for item in storage.list_objects(task.work_uri)[1:]:
+        os.utime(item.uri, (0, 0))
+    sweep(root, days=1)
+    assert open_output(spec_of(task)).done_blocks() == {0}
+
+
+def test_what_lies_in_a_work_folder_leads_to_no_other_place(tmp_path: Path) -> None:
+    root = str(tmp_path / "sr")
+    task, victim = make_task(root, format=ZARR), make_task(tmp_path / "other", format=ZARR)
+    begin_slide(task)
+    begin_slide(victim)
+    place = storage.join(task.work_uri, "output.json")
+    for uri in (victim.output_uri, f"{root}/../other/case/One.ome.zarr"):
+        spec = replace(spec_of(task), uri=uri)
+        storage.write_bytes(place, spec.to_json().encode())
+        sweep_stale(make_task(root, format=ZARR, identity="etag:2:2"))
+        assert not storage.list_objects(task.work_uri)
+        assert open_output(spec_of(victim)).done_blocks() == {0}
+    for content in (b"", b"\xff", b"[]", b"{}", b'{"mpp": 1, "extent": 2, "format": {}}'):
+        storage.write_bytes(place, content)
+        sweep(root)
+        assert not left_of_work(root)
+
+
+def test_a_zarr_whose_beginning_was_killed_is_no_other_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (make_task(tmp_path, format=ZARR, identity=f"etag:{n}:{n}") for n in (1, 2))
+    make_slide(old)
+    write = storage.write_bytes
+
+    def killed(uri: str, content: bytes) -> None:
+        if uri.endswith("started.json"):
+            raise KeyboardInterrupt
+        write(uri, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_output(spec_of(new)).begin()
+    assert not storage.is_file(old.committed_uri)
+    assert judge([new], overwrite=False) == [("todo", None)]
+    sweep(str(tmp_path))
+    assert judge([new], overwrite=False) == [("todo", None)]
+    assert not storage.list_objects(old.output_uri)
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_uploads_that_no_record_speaks_of_are_swept(
+    tmp_path: Path, request: pytest.FixtureRequest, is_remote: bool
+) -> None:
+    root = request.getfixturevalue("s3").uri("sr") if is_remote else str(tmp_path / "sr")
+    names = ("lost answer", "wanted", "claimed", "never ours")
+    tasks = {name: make_task(root, name=name) for name in names}
+    with SlideClaims(root, owner="earlier", lease_s=600) as earlier:
+        assert all(earlier.take(name) for name in names[:-1])
+    for task in tasks.values():
+        uploads.begin(task.output_uri)
+    begin_slide(tasks["wanted"])
+    with SlideClaims(root, owner="other", lease_s=600) as others:
+        assert others.take("claimed")
+        sweep(root, tasks["wanted"])
+    assert [upload.uri for upload in uploads.list_uploads(root)] == [
+        *(tasks[name].output_uri for name in names if name not in ("lost answer", "wanted")),
+        tasks["wanted"].output_uri,
+    ]
+    assert open_output(spec_of(tasks["wanted"])).done_blocks() == {0}
+    if not is_remote:  # the store of the tests has all uploads begun at one time, long ago
+        uploads.begin(tasks["lost answer"].output_uri)
+        sweep(root, days=1)
+        assert len(uploads.list_uploads(root)) == 4
 
 
 def test_abandoned_uploads_are_swept_but_not_wanted_claimed_or_young_ones(
