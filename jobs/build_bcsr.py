@@ -49,8 +49,10 @@ from carn.bcsr.shards import ShardPlan, plan_shards
 from carn.bcsr.source import Source, find_images, find_listed, find_slides
 from carn.bcsr.stages import export_unit, locate_unit, measure_unit, picture_unit, write_unit
 from carn.errors import CarnError, DatasetError, StorageError
+from carn.log_lines import on_one_line, start_logging
 from carn.report.bcsr_report import render
 from carn.report.bcsr_summary import Place, slides_to_show, summarize, tiles_to_show
+from jobs.metrics import meters
 from jobs.ray_stage import StageRunner, start_ray
 
 logger = logging.getLogger("build_bcsr")
@@ -160,7 +162,7 @@ class BuildJob:
 
 def main(job: BuildJob) -> int:
     """Build the dataset; returns the process's exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_logging()
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     output = storage.normalize(job.output)
     source = find_source(job)
@@ -200,7 +202,7 @@ def build_dataset(
         _check_split(job, drawn)
         units = list(_measure_units(job, drawn, output))
     measured = pa.concat_tables(
-        [MEASURED.empty_table(), *runner.run("measuring", measure_unit, units)]
+        [MEASURED.empty_table(), *_counted(runner.run("measuring", measure_unit, units))]
     )
     measured = build.with_lost(measured, units)
     failures += build.measured_failures(measured)
@@ -400,6 +402,15 @@ def _image_units(job: BuildJob, source: Source, output: str) -> Iterator[dict[st
         }
 
 
+def _counted(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The tables of measuring, their tiles counted."""
+    for table in tables:
+        num_failed = pc.sum(pc.is_valid(table["reason"])).as_py() or 0
+        meters().add("carn_bcsr_tiles_total", len(table) - num_failed, outcome="measured")
+        meters().add("carn_bcsr_tiles_total", num_failed, outcome="failed")
+        yield table
+
+
 def select_and_write(
     job: BuildJob, measured: pa.Table, output: str, runner: StageRunner
 ) -> tuple[pa.Table, list[ShardPlan], dict[str, int], list[dict[str, Any]]]:
@@ -419,9 +430,14 @@ def select_and_write(
             tiles_per_shard=job.store.tiles_per_shard,
         )
         units = [dataclasses.asdict(plan) | {"output": output} for plan in plans]
-        results = [
-            row for table in runner.run("writing", write_unit, units) for row in table.to_pylist()
-        ]
+        results = []
+        num_tiles = {plan.name: len(plan.rows) for plan in plans}
+        for table in runner.run("writing", write_unit, units):
+            for row in table.to_pylist():
+                results.append(row)
+                if row["num_bytes"] > 0:
+                    meters().add("carn_bcsr_tiles_total", num_tiles[row["name"]], outcome="written")
+                    meters().add("carn_bcsr_written_bytes_total", row["num_bytes"])
         shard_bytes = {row["name"]: row["num_bytes"] for row in results}
         broken = [row for row in results if row["num_bytes"] < 0]
         if broken:
@@ -563,7 +579,7 @@ def _summary(manifest: dict[str, Any], output: str) -> str:
         uri = storage.join(output, "failures.parquet")
         lines.append(f"  failures {num_failures:,}, in {uri}, such as:")
         rows = pq.read_table(io.BytesIO(storage.read_bytes(uri))).slice(0, 3).to_pylist()
-        lines += [f"    {row['slide']}: {row['reason']}" for row in rows]
+        lines += [f"    {on_one_line(row['slide'])}: {on_one_line(row['reason'])}" for row in rows]
         lines.append("  to try them again, run the same with --overwrite; what was read is kept")
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ import ray
 import ray.data
 
 from carn.errors import CarnError
+from jobs.metrics import meters, watch_s3
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ def start_ray(*, has_dashboard: bool = False) -> None:
         options |= {
             "address": "local",
             "include_dashboard": has_dashboard,
+            # Whoever reaches the dashboard runs programs here: it knows no passwords.
+            "dashboard_host": "127.0.0.1",
             "runtime_env": {"env_vars": variables},
         }
     try:
@@ -191,6 +194,8 @@ class StageRunner:
             for content in results.to_pylist():
                 yield pa.ipc.open_stream(content).read_all()
                 num_done += 1
+                meters().add("carn_stage_units_total", stage=name)
+                meters().set("carn_stage_units_left", len(units) - num_done, stage=name)
             now = time.monotonic()
             to_first = to_first or now - started
             if now - reported >= self._progress_s or num_done == len(units):
@@ -215,7 +220,9 @@ def _call(batch: pa.Table, *, function: StageFunction, run_id: str, ledger: Any)
         finally:
             ledger.end.remote(key)
 
-    tables = [function(json.loads(unit), attempt) for unit in batch["unit"].to_pylist()]
+    units = batch["unit"].to_pylist()
+    watch_s3(*units)
+    tables = [function(json.loads(unit), attempt) for unit in units]
     # Tables of one stage may differ in their all-null columns' types once they pass through Ray's
     # block builders; serialized, they arrive as they were made.
     return pa.table({"result": [_serialize(table) for table in tables]})

@@ -1,7 +1,9 @@
 """What super_resolve.py can be asked to do, as its command line and its report have it."""
 
 import dataclasses
+import fnmatch
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -12,8 +14,12 @@ import tyro
 from carn import storage
 from carn.slides.slide_output import SlideFormat
 from carn.upscaling.engine import EngineConfig
+from carn.upscaling.inputs import GLOB
 from carn.upscaling.lr_view import InputConfig
 from carn.upscaling.task import PixelConfig
+
+# Names below the output that lead to pictures of a report: runs/<id>/pictures/<picture>.
+PICTURES_DEPTH = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +43,19 @@ class RunConfig:
     """Places where SR, made small again, is farther than this from the input are listed."""
     lease_minutes: float = 10.0
     """How long a slide stays claimed by a run that died; a live one renews its claims."""
+    outage_minutes: float = 5.0
+    """How long the run waits for an output that cannot be written; what failed meanwhile is done
+    again. 0 ends the run at once."""
     abandon_days: float = 7.0
-    """Age at which unfinished uploads of slides that are not among the inputs are removed."""
+    """Age at which unfinished work on slides that are not among the inputs, and uploads that no
+    work speaks of, are removed."""
     num_pictures: int = 24
     """Slides that the report shows with pictures."""
     progress_s: float = 10.0
     """Seconds between two lines of progress."""
+    log_format: Literal["text", "json"] = "text"
+    """`json`: the log is one JSON object a line, and each slide has one with all that is known of
+    it; `text`: it is for people, and those lines are in the run's slides.jsonl alone."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "block_px", "num_pictures"):
@@ -52,6 +65,8 @@ class RunConfig:
         for name in ("lease_minutes", "abandon_days", "progress_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if not self.outage_minutes >= 0:
+            raise ValueError(f"outage_minutes={self.outage_minutes} must not be negative")
         if self.deadline is not None:
             parse_deadline(self.deadline, now=datetime.now().astimezone())
 
@@ -74,7 +89,7 @@ class ClusterConfig:
     pipeline: Literal["auto", "fused", "split"] = "auto"
     """`split`: reading has actors of its own, as it should be with GPUs; `fused`: it has not."""
     blocks_per_task: int | None = None
-    """Blocks handed to an actor at a time; None for 1 on CPUs and 4 on GPUs."""
+    """Blocks handed to an actor at a time; None for 2 on CPUs and 4 on GPUs."""
 
     def __post_init__(self) -> None:
         for name in ("min_actors", "max_actors", "num_readers", "blocks_per_task"):
@@ -114,14 +129,13 @@ class SuperResolveJob:
             return  # not a job yet: the defaults of the command line
         if not self.slides and not self.images:
             raise ValueError("say where the slides are: --slides, or --images for plain images")
-        output = storage.normalize(self.output).rstrip("/") + "/"
-        for root in (*self.slides, *self.images):
-            below = storage.normalize(root).rstrip("/") + "/"
-            if output.startswith(below):
-                raise ValueError(
-                    f"--output {self.output} lies in {root}, which is read: the next run would "
-                    "take its results for input; choose another"
-                )
+        for roots, is_image in ((self.slides, False), (self.images, True)):
+            for root in roots:
+                if _reads_results(root, self.output, is_image=is_image):
+                    where = f"--output {self.output} lies in {root}, which is read"
+                    raise ValueError(
+                        f"{where}: the next run would take its results for input; choose another"
+                    )
         side = self.format.tile_px
         if self.run.block_px % side or (self.run.block_px // side).bit_count() != 1:
             raise ValueError(
@@ -132,6 +146,32 @@ class SuperResolveJob:
         """The resolved configuration as JSON values."""
         content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return content
+
+
+def _reads_results(root: str, output: str, *, is_image: bool) -> bool:
+    """Whether a folder, prefix or glob of inputs would find what a run writes below `output`."""
+    given = [storage.normalize(name) for name in (root, output)]
+    spellings = [given]
+    if not any(map(storage.is_s3, given)):
+        spellings.append([os.path.realpath(name) for name in given])  # links and ".." lead there
+    return any(_finds_results(*names, is_image=is_image) for names in spellings)
+
+
+def _finds_results(root: str, output: str, *, is_image: bool) -> bool:
+    wild = GLOB.search(root)
+    base = root if wild is None else root[: wild.start()].rpartition("/")[0]
+    own, wanted = output.rstrip("/").split("/"), root.split("/")
+    # What comes of a folder below the output, such as an inbox in it, does not lie there.
+    is_within = f"{output.rstrip('/')}/".startswith(f"{base.rstrip('/')}/")
+    if wild is None or not is_within:
+        return is_within
+    # The slides that a glob finds are known by their provenance; the pictures are not.
+    depth = len(wanted) - len(own)
+    if not is_image or depth < 1 or not all(map(fnmatch.fnmatchcase, own, wanted)):
+        return False
+    tail = re.split(r"[*?\]]", wanted[-1])[-1].lower()
+    endings = [".consistency.png"] + ([".png", ".jpg"] if depth == PICTURES_DEPTH else [])
+    return any(ending.endswith(tail) or tail.endswith(ending) for ending in endings)
 
 
 def parse_deadline(text: str, *, now: datetime) -> datetime:

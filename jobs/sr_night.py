@@ -12,12 +12,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import ray
 
 from carn import storage
 from carn.errors import CheckpointError, StorageError
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
-from carn.report.sr_records import STAGES, Pace, RunSummary, SlideSummary, Status
-from carn.report.sr_summary import write_run
+from carn.report.sr_records import STAGES, Pace, RunSummary, SlideLine, SlideSummary, Status
+from carn.report.sr_summary import RUNS, write_run
 from carn.slides.provenance import read_provenance
 from carn.upscaling.engine import reference_engine
 from carn.upscaling.inputs import SlideInput
@@ -30,12 +31,15 @@ from carn.upscaling.outbox import (
 )
 from carn.upscaling.task import SlidePlan, SlideTask
 from carn.version import code_version
+from jobs.metrics import meters, watch_s3
 from jobs.ray_stage import StageRunner, duration, start_ray
 from jobs.sr_config import SuperResolveJob, parse_deadline
 from jobs.sr_pipeline import Crew, crew_for, make_board, run_blocks
 from jobs.sr_stages import Finishing, ProgressLines, in_thread, inspect_unit
 
 logger = logging.getLogger("super_resolve")
+# One line of JSON for each slide, when it has reached its final state; see SlideLine.
+slide_logger = logging.getLogger("carn.slide")
 
 # Input bytes that a wave of slides holds for each actor, by device: about an hour's work of a CPU
 # actor, minutes of a GPU's. A wave's slides are claimed together; a second run does other ones.
@@ -46,8 +50,13 @@ MAX_ROUNDS = 3
 # Seconds after the deadline that blocks at hand may take: an actor that waits for ever, for its
 # node or a mount, must not hold the morning up.
 GRACE_S = 900.0
+# Seconds between two looks at storage that is down, each of which tries for some seconds itself.
+PROBE_S = 5.0
 # Points of the report's curve of throughput.
 PACE_STEPS = 24
+# Seconds to wait for the board's answer; it may be lost with its node.
+BOARD_S = 10.0
+SLIDE_LINES = "slides.jsonl"
 LOST = "blocks were lost: their workers died, or Ray gave them up; see its logs"
 
 
@@ -120,16 +129,23 @@ class Night:
         self.slides: dict[str, SlideSummary] = {}
         self.todo: list[SlideTask] = []
         self.sizes: dict[str, int] = {}
+        self.lines: dict[str, SlideLine] = {}
+        self.slide_stages: dict[str, Counter[str]] = {}
+        self.retries: Counter[str] = Counter()
         self.pictures: dict[str, bytes] = {}
         self.stages: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.num_actors = 0
         self.num_lr_px = 0
         self.working_seconds = 0.0
+        self.actor_seconds = 0.0
         self.made: list[tuple[float, int]] = []
         # When the first block was begun, in seconds since the epoch, by the clock of who did.
         self.first_began: float | None = None
         self.begun: set[str] = set()
         self.num_shown = 0
+        self.show = ProgressLines({}, every_s=job.run.progress_s)
+        # Why a slide is to be done again.
+        self.why_again: dict[str, str] = {}
         self.crew: Crew | None = None
         self._finishing: Finishing | None = None
         self._deadline: datetime | None = None
@@ -150,8 +166,9 @@ class Night:
             )
             # Two inputs that want one name have a row each.
             key = item.name if item.name not in self.slides else f"{item.name} ({item.uri})"
+            self.slides[key] = slide
             if item.problem is not None:
-                slide = replace(slide, status="failed", reason=item.problem)
+                self._end(key, status="failed", reason=item.problem)
             else:
                 tasks[key] = make_task(
                     self.job,
@@ -161,18 +178,17 @@ class Night:
                     output=self.output,
                 )
                 self.sizes[key] = item.size_bytes
-            self.slides[key] = slide
         for key, task in list(tasks.items()):
             if task.output_uri in places:
                 taken = f"its result would take the place of {task.output_uri}, which is an input"
-                self._set(key, status="failed", reason=f"{taken}; choose another --output")
+                self._end(key, status="failed", reason=f"{taken}; choose another --output")
                 del tasks[key]
         verdicts = judge(list(tasks.values()), overwrite=self.job.run.overwrite)
         for (key, task), (status, reason) in zip(tasks.items(), verdicts, strict=True):
             if status == "todo":
                 self.todo.append(task)
             else:
-                self._set(key, status=status, reason=reason, output_uri=task.output_uri)
+                self._end(key, status=status, reason=reason, output_uri=task.output_uri)
         counts = Counter(slide.status for slide in self.slides.values())
         logger.info(
             "%s slides: %s to do, %s done before, %s that cannot be done",
@@ -196,6 +212,33 @@ class Night:
 
     def _set(self, name: str, **changes: Any) -> None:
         self.slides[name] = replace(self.slides[name], **changes)
+
+    def _end(self, name: str, **changes: Any) -> None:
+        """Note what a slide has come to in this run, and say so."""
+        self._set(name, **changes)
+        self._say_slide(name)
+        self.show.end(name)
+
+    def _say_slide(self, name: str) -> None:
+        if self.job.run.dry_run:
+            return
+        slide = self.slides[name]
+        line = SlideLine.of(
+            slide,
+            time=datetime.now().astimezone().isoformat(timespec="milliseconds"),
+            run_id=self.run_id,
+            model=self.checkpoint.model_name,
+            stages=self.slide_stages.pop(name, {}),
+            bytes_in=self.sizes.get(name),
+            retries=self.retries[name],
+        )
+        self.lines[name] = line
+        slide_logger.info("%s", line)
+        meters().add("carn_sr_slides_total", status=slide.status)
+        meters().set("carn_sr_slides_left", len(self.slides) - len(self.lines))
+        if slide.status == "done":
+            meters().add("carn_sr_input_bytes_total", line.bytes_in or 0)
+            meters().add("carn_sr_output_bytes_total", line.bytes_out or 0)
 
     def count(self, *statuses: str) -> int:
         """How many slides ended so."""
@@ -249,8 +292,9 @@ class Night:
         self._check_output()
         logger.info("starting Ray, or connecting to it")
         start_ray()
+        watch_s3(self.output, *(task.uri for task in self.todo))
+        meters().set("carn_sr_slides_left", len(self.todo))
         self.crew = crew_for(self.job.cluster, self.job.engine)
-        self.num_actors = self.crew.max_actors
 
     def _check_output(self) -> None:
         """Write a little to the output.
@@ -260,48 +304,67 @@ class Night:
         """
         storage.write_bytes(storage.join(self.output, "_state", "begun"), self.run_id.encode())
 
-    def _stop_if_down(self) -> None:
-        """End the run in good order if the output cannot be written any more.
+    def _outlasts_outage(self) -> bool:
+        """Wait for the output to be writable again; end the run in good order if it stays down.
 
         Asked after a slide has failed over storage: if that is down for good, every other one would
         fail the same way, each after minutes of trying.
+
+        Returns:
+            Whether it was down and is back: what failed meanwhile is worth another attempt.
         """
-        try:
-            self._check_output()
-        except StorageError as error:
-            self.is_broken = True
-            self.stopped = self.stopped or str(error)
-            logger.error("the run ends early: %s", error)
+        began, was_down = time.monotonic(), False
+        while True:
+            try:
+                self._check_output()
+            except StorageError as error:
+                patience_s = self.job.run.outage_minutes * 60
+                if self._must_stop() or time.monotonic() - began >= patience_s:
+                    self.is_broken = True
+                    self.stopped = self.stopped or str(error)
+                    logger.error("the run ends early: %s", error)
+                    return False
+                logger.warning("waiting for the output to come back: %s", error)
+                was_down = True
+                time.sleep(PROBE_S)
+            else:
+                return was_down
 
     def work(self) -> None:
         """Do what there is to do, wave by wave, until it is done or the deadline has come."""
-        if self.crew is None:
-            logger.info("nothing to do")
-            return
-        crew = self.crew
-        runner = StageRunner(progress_s=self.job.run.progress_s)
-        deadline = self.job.run.deadline
-        if deadline is not None:
-            self._deadline = parse_deadline(deadline, now=self.started)
         lease_s = self.job.run.lease_minutes * 60
         with SlideClaims(self.output, owner=self.run_id, lease_s=lease_s) as claims:
             try:
                 days = self.job.run.abandon_days
                 sweep_abandoned(self.output, claims, days=days, tasks=self.todo)
             except StorageError as error:  # keys that may not list uploads are good for the rest
-                logger.warning("abandoned uploads were not looked for: %s", error)
+                logger.warning("not all abandoned work was looked for: %s", error)
+            if self.crew is None:
+                logger.info("nothing to do")
+                return
+            crew = self.crew
+            runner = StageRunner(progress_s=self.job.run.progress_s)
+            deadline = self.job.run.deadline
+            if deadline is not None:
+                self._deadline = parse_deadline(deadline, now=self.started)
             queue = deque(self.todo)
             self.todo = []
+            sizes = {task.name: self.sizes.get(task.name, 0) for task in queue}
+            self.show = ProgressLines(sizes, every_s=self.job.run.progress_s)
             attempts: Counter[str] = Counter()
-            while queue and not self._must_stop() and not self._is_at_limit():
+            while queue and not self._must_stop():
                 wave = self._next_wave(queue, claims, crew)
+                if not wave and self._is_at_limit():
+                    break
                 plans = self._inspect(wave, runner)
                 for task in self._make(plans, crew, claims):
                     attempts[task.name] += 1
                     if attempts[task.name] < MAX_ROUNDS:
+                        self.retries[task.name] += 1
                         queue.append(task)
                     else:
-                        self._set(task.name, status="failed", reason="its parts kept changing")
+                        reason = f"{self.why_again[task.name]}, {MAX_ROUNDS} times"
+                        self._end(task.name, status="failed", reason=reason)
                 for task in wave:
                     try:
                         claims.release(task.name)
@@ -310,6 +373,13 @@ class Night:
             why = self.stopped or f"left for later (--limit {self.job.run.limit})"
             for task in queue:
                 self._set(task.name, reason=f"not begun: {why}")
+
+    def _is_overdue(self) -> bool:
+        """Whether the deadline is so long past that nothing is waited for any more."""
+        if self._deadline is None or self.stopped not in (None, "deadline"):
+            return False
+        late = datetime.now().astimezone() - self._deadline
+        return late.total_seconds() > GRACE_S
 
     def _must_stop(self) -> bool:
         if self._deadline is not None and datetime.now().astimezone() >= self._deadline:
@@ -323,33 +393,45 @@ class Night:
         wave: list[SlideTask] = []
         size = 0
         wanted = WAVE_BYTES[crew.device] * crew.max_actors
-        while queue and size < wanted and len(wave) < MAX_WAVE and not self._is_at_limit():
-            if self.stopped is not None:
+        while queue and size < wanted and len(wave) < MAX_WAVE and self.stopped is None:
+            task = self._next_task(queue)
+            if task is None:
                 break
-            task = queue.popleft()
             try:
                 if not self._claim(task, claims):
                     continue
             except StorageError as error:
-                self._set(task.name, status="failed", reason=str(error))
+                if self._outlasts_outage():
+                    queue.append(task)
+                    continue
+                self._end(task.name, status="failed", reason=str(error))
                 logger.warning("%s failed: %s", task.name, error)
-                self._stop_if_down()
                 continue
             self.begun.add(task.name)
             wave.append(task)
             size += self.sizes.get(task.name, 0)
         return wave
 
+    def _next_task(self, queue: deque[SlideTask]) -> SlideTask | None:
+        """The next slide that may be begun; at the limit, of those that were begun before."""
+        if not self._is_at_limit():
+            return queue.popleft()
+        for task in queue:
+            if task.name in self.begun:
+                queue.remove(task)
+                return task
+        return None
+
     def _claim(self, task: SlideTask, claims: SlideClaims) -> bool:
         """Whether a slide is this run's to do."""
         if not claims.take(task.name):
             reason = f"is done by another: {claims.holder(task.name)}"
-            self._set(task.name, status="claimed", reason=reason)
+            self._end(task.name, status="claimed", reason=reason)
             return False
         # It may have been finished since the run began.
         ((status, why),) = judge([task], overwrite=self.job.run.overwrite)
         if status != "todo":
-            self._set(task.name, status=status, reason=why, output_uri=task.output_uri)
+            self._end(task.name, status=status, reason=why, output_uri=task.output_uri)
             claims.release(task.name)
             return False
         sweep_stale(task)
@@ -362,19 +444,25 @@ class Night:
     def _inspect(self, wave: Sequence[SlideTask], runner: StageRunner) -> list[SlidePlan]:
         units = [{"task": task.to_json(), "is_forecast": False} for task in wave]
         plans: dict[str, SlidePlan] = {}
-        for table in runner.run("inspecting", inspect_unit, units):
-            for row in table.to_pylist():
+        for table in in_thread(runner.run("inspecting", inspect_unit, units)):
+            if self._is_overdue():
+                break
+            for row in table.to_pylist() if table is not None else ():
                 if row["reason"]:
-                    self._set(row["name"], status="failed", reason=row["reason"])
+                    self._end(row["name"], status="failed", reason=row["reason"])
                     logger.warning("%s failed: %s", row["name"], row["reason"])
                 else:
                     plans[row["name"]] = SlidePlan.from_json(row["plan"])
         for task in wave:
-            if task.name not in plans and self.slides[task.name].reason is None:
-                self._set(task.name, status="failed", reason=LOST)
+            if task.name in plans or self.slides[task.name].reason is not None:
+                continue
+            if self._is_overdue():
+                self._end(task.name, status="unfinished", reason="not begun: stopped (deadline)")
+            else:
+                self._end(task.name, status="failed", reason=LOST)
         found = [plans[task.name] for task in wave if task.name in plans]
-        if len(found) < len(wave):
-            self._stop_if_down()
+        if len(found) < len(wave) and not self._is_overdue():
+            self._outlasts_outage()
         for plan in found:
             self._set(
                 plan.task.name,
@@ -394,8 +482,11 @@ class Night:
             Tasks whose parts turned out stale, to be done again.
         """
         self._finishing = self._finishing or Finishing()
-        wave = _Wave(plans, claims, self._finishing, every_s=self.job.run.progress_s)
+        wave = _Wave(plans, claims, self._finishing)
         started = time.monotonic()
+        for slide, plan in enumerate(plans):
+            num_left = len(wave.left[slide])
+            self.show.begin(plan.task.name, num_blocks=plan.num_blocks, num_left=num_left)
         for slide in range(len(plans)):
             if not wave.left[slide]:
                 self._begin_finishing(wave, slide)
@@ -407,27 +498,37 @@ class Night:
                 self._collect(wave)
                 if self._must_stop():
                     wave.board.stop.remote()
-                    since = datetime.now().astimezone() - (self._deadline or self.started)
-                    if self.stopped == "deadline" and since.total_seconds() > GRACE_S:
+                    if self._is_overdue():
                         logger.warning("blocks at hand did not end in time; they are left")
                         break
                 if result is not None:
                     self._take(wave, *result)
-            while not wave.finishing.is_idle:
+            while not wave.finishing.is_idle and not self._is_overdue():
                 self._collect(wave, timeout_s=1.0)
         except BaseException:
             wave.board.stop.remote()  # whoever is at work need not begin another block
             raise
         finally:
-            self.working_seconds += time.monotonic() - started
-        for slide, plan in enumerate(plans):
+            seconds = time.monotonic() - started
+            self.working_seconds += seconds
+            self.actor_seconds += seconds * len(wave.actors)
+            self.num_actors = max(self.num_actors, len(wave.actors))
+        self._leave(wave)
+        return wave.stale
+
+    def _leave(self, wave: "_Wave") -> None:
+        """Note what is left undone of a wave."""
+        for slide in wave.finishing.drop():
+            reason = "stopped (deadline) while it was finished; the next run does that again"
+            self._end(wave.plans[slide].task.name, status="unfinished", reason=reason)
+        for slide, plan in enumerate(wave.plans):
             if wave.left[slide] and slide not in wave.failed:
                 status: Status = "unfinished" if self.stopped else "failed"
                 reason = f"stopped ({self.stopped})" if self.stopped else LOST
                 kept = plan.num_blocks - len(wave.left[slide])
                 reason += f"; {kept} of {plan.num_blocks} blocks are kept, and the next run goes "
-                self._set(plan.task.name, status=status, reason=reason + "on from there")
-        return wave.stale
+                self.retries[plan.task.name] += wave.retries(slide)
+                self._end(plan.task.name, status=status, reason=reason + "on from there")
 
     def _take(self, wave: "_Wave", slide: int, block: int, facts: dict[str, Any]) -> None:
         """What became of a block."""
@@ -440,24 +541,29 @@ class Night:
                 wave.board.cancel.remote(slide)
                 if facts.get("is_stale"):
                     logger.warning("%s; what is missing is made again", facts["reason"])
-                    wave.stale.append(plan.task)
+                    self._again(wave, plan, facts["reason"])
                     return
-                self._set(plan.task.name, status="failed", reason=facts["reason"])
+                if facts.get("is_storage") and self._outlasts_outage():
+                    self._again(wave, plan, facts["reason"])
+                    return
+                self.retries[plan.task.name] += wave.retries(slide)
+                self._end(plan.task.name, status="failed", reason=facts["reason"])
                 logger.warning("%s failed: %s", plan.task.name, facts["reason"])
-                if facts.get("is_storage"):
-                    self._stop_if_down()
             return
+        wave.actors.add(facts.get("actor", ""))
         left = wave.left[slide]
         left.discard(block)
         began = facts.get("began", time.time())
         self.first_began = min(self.first_began or began, began)
         wave.begun.setdefault(plan.task.name, time.monotonic() - max(0.0, time.time() - began))
-        for stage in STAGES:
-            self.stages[stage] += facts.get(stage, 0.0)
+        spent = {stage: facts.get(stage, 0.0) for stage in STAGES}
+        self.slide_stages.setdefault(plan.task.name, Counter()).update(spent)
+        for stage, stage_s in spent.items():
+            self.stages[stage] += stage_s
         self.num_lr_px += facts["num_lr_px"]
         seconds = (datetime.now().astimezone() - self.started).total_seconds()
         self.made.append((seconds, facts["num_lr_px"]))
-        wave.show.block(
+        self.show.block(
             plan.task.name,
             num_left=len(left),
             num_blocks=plan.num_blocks,
@@ -466,11 +572,16 @@ class Night:
         if not left and slide not in wave.failed:
             self._begin_finishing(wave, slide)
 
+    def _again(self, wave: "_Wave", plan: SlidePlan, reason: str) -> None:
+        """A slide is to be done again, for a reason that may be gone."""
+        self.why_again[plan.task.name] = reason
+        wave.stale.append(plan.task)
+
     def _begin_finishing(self, wave: "_Wave", slide: int) -> None:
         plan = wave.plans[slide]
         if not wave.claims.holds(plan.task.name):
             reason = "another run took it over, for this one did not renew its claim"
-            self._set(plan.task.name, status="claimed", reason=reason)
+            self._end(plan.task.name, status="claimed", reason=reason)
             return
         has_pictures = self.num_shown < self.job.run.num_pictures
         self.num_shown += has_pictures
@@ -481,35 +592,40 @@ class Night:
         """Note what has been finished."""
         for slide, outcome in wave.finishing.collect(timeout_s=timeout_s):
             plan = wave.plans[slide]
-            task = self._finished(plan, outcome)
+            is_final = self._finished(wave, plan, outcome)
             if plan.task.name in wave.begun:
                 seconds = time.monotonic() - wave.begun[plan.task.name]
                 self._set(plan.task.name, seconds=seconds)
-            if task is not None:
-                wave.stale.append(task)
+            self.retries[plan.task.name] += wave.retries(slide)
+            if is_final:
+                self._say_slide(plan.task.name)
+                self.show.end(plan.task.name)
 
-    def _finished(self, plan: SlidePlan, outcome: dict[str, Any]) -> SlideTask | None:
-        """Note what became of a slide; returns its task if it has to be done again."""
+    def _finished(self, wave: "_Wave", plan: SlidePlan, outcome: dict[str, Any]) -> bool:
+        """Note what became of a slide; whether that is final, or it has to be done again."""
         name = plan.task.name
         if "summary" in outcome:
             self.slides[name] = SlideSummary.from_json(outcome["summary"])
             self.pictures.update(outcome["pictures"])
             logger.info("%s is finished: %s", name, plan.task.output_uri)
-            return None
+            return True
         if "stale" in outcome:
             logger.warning("%s; what is missing is made again", outcome["stale"])
-            return plan.task
+            self._again(wave, plan, outcome["stale"])
+            return False
+        if outcome.get("is_storage") and self._outlasts_outage():
+            self._again(wave, plan, outcome["reason"])
+            return False
         self._set(name, status="failed", reason=outcome["reason"])
         logger.warning("%s failed: %s", name, outcome["reason"])
-        if outcome.get("is_storage"):
-            self._stop_if_down()
-        return None
+        return True
 
     # ------------------------------------------------------------------------------ the end
 
     def conclude(self) -> str:
         """Write the run's summary and report; returns what to say of it."""
-        busy = self.working_seconds * max(1, self.num_actors)
+        for name in [name for name in self.slides if name not in self.lines]:
+            self._say_slide(name)  # it was stopped before this one
         summary = RunSummary(
             run_id=self.run_id,
             started=self.started.isoformat(timespec="seconds"),
@@ -524,13 +640,16 @@ class Night:
             num_listed=len(self.slides),
             slides=tuple(self.slides.values()),
             stages=self.stages,
-            busy_share=self.stages["infer_s"] / busy if self.num_lr_px else None,
+            busy_share=self.stages["infer_s"] / self.actor_seconds if self.num_lr_px else None,
             num_actors=self.num_actors,
             lr_mpx_per_s=self.num_lr_px / 1e6 / self.working_seconds if self.num_lr_px else None,
             config=self.job.settings(),
             pace=_pace(self.made),
         )
         try:
+            lines_uri = storage.join(self.output, RUNS, self.run_id, SLIDE_LINES)
+            text = "".join(f"{line.to_json()}\n" for line in self.lines.values())
+            storage.write_bytes(lines_uri, text.encode())
             report = write_run(self.output, summary, self.pictures)
         except (StorageError, ValueError) as error:
             # A full disk, a store that is down, a name that no file may have: what is known is said
@@ -574,8 +693,6 @@ class _Wave:
         plans: Sequence[SlidePlan],
         claims: SlideClaims,
         finishing: Finishing,
-        *,
-        every_s: float,
     ) -> None:
         self.plans = plans
         self.claims = claims
@@ -588,5 +705,13 @@ class _Wave:
         # When the first block of a slide was begun, on the monotonic clock.
         self.begun: dict[str, float] = {}
         self.stale: list[SlideTask] = []
+        # That made blocks of them.
+        self.actors: set[str] = set()
         self.finishing = finishing
-        self.show = ProgressLines(num_blocks=len(self.blocks), every_s=every_s)
+
+    def retries(self, slide: int) -> int:
+        """Times that a block of a slide was begun again; 0 where nobody knows any more."""
+        try:
+            return int(ray.get(self.board.retries.remote(slide), timeout=BOARD_S))
+        except ray.exceptions.RayError:
+            return 0

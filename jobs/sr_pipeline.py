@@ -14,13 +14,13 @@ import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.util import metrics
 
 from carn.errors import CarnError, StorageError, UploadGoneError
 from carn.training.engine import KEEPING_ENVIRONMENT
@@ -28,6 +28,7 @@ from carn.upscaling.blocks import LrBlock
 from carn.upscaling.engine import EngineConfig
 from carn.upscaling.task import SlidePlan
 from carn.upscaling.work import BlockMaker
+from jobs.metrics import meters, watch_s3
 from jobs.ray_stage import MAX_ATTEMPTS, ClusterError
 from jobs.sr_config import ClusterConfig
 
@@ -47,6 +48,7 @@ class Board:
 
     def __init__(self) -> None:
         self._begun: dict[str, int] = {}
+        self._retries: dict[int, int] = {}
         self._cancelled: set[int] = set()
         self._is_stopped = False
         self._turns: dict[int, tuple[str, float]] = {}
@@ -59,11 +61,17 @@ class Board:
             return "cancelled"
         key = f"{slide}/{block}"
         self._begun[key] = self._begun.get(key, 0) + 1
+        if 1 < self._begun[key] <= MAX_ATTEMPTS:
+            self._retries[slide] = self._retries.get(slide, 0) + 1
         return "go" if self._begun[key] <= MAX_ATTEMPTS else "deadly"
 
     def end(self, slide: int, block: int) -> None:
         """The process has survived the block."""
         self._begun.pop(f"{slide}/{block}", None)
+
+    def retries(self, slide: int) -> int:
+        """Times that a block of this slide was begun again, for its process had died."""
+        return self._retries.get(slide, 0)
 
     def cancel(self, slide: int) -> None:
         """Blocks of this slide need not be begun any more."""
@@ -140,9 +148,13 @@ def crew_for(cluster: ClusterConfig, engine: EngineConfig) -> Crew:
     num_cpus = cluster.cpus_per_actor
     if is_cuda:
         num_gpus = cluster.gpus_per_actor or 1.0
-        num_cpus = 2.0 if num_cpus is None else num_cpus
+        # Those who read need a CPU, too: of a node without GPUs, or of each that has some.
+        is_read_elsewhere = any(cpu >= 1 and not gpu for gpu, cpu in zip(gpus, cpus, strict=True))
+        spare = 1.0 if is_split and not is_read_elsewhere else 0.0
+        most = max((cpu for gpu, cpu in zip(gpus, cpus, strict=True) if gpu), default=3.0) - spare
+        num_cpus = (min(2.0, most) if most > 0 else 1.0) if num_cpus is None else num_cpus
         fitting = [
-            int(min(gpu / num_gpus, cpu / num_cpus) + 1e-6)
+            int(min(gpu / num_gpus, max(0.0, cpu - spare) / max(num_cpus, 0.01)) + 1e-6)
             for gpu, cpu in zip(gpus, cpus, strict=True)
         ]
     else:
@@ -155,9 +167,10 @@ def crew_for(cluster: ClusterConfig, engine: EngineConfig) -> Crew:
     if max(fitting, default=0) < 1 and not grows:
         wanted = f"{num_gpus:g} GPUs and " if is_cuda else ""
         raise ClusterError(
-            f"no node of the cluster has the {wanted}{num_cpus:g} CPUs that an actor needs (CPUs: "
-            f"{cpus}, GPUs: {gpus}); lower --cpus-per-actor or --gpus-per-actor, or say with "
-            "--max-actors how many a growing cluster may come to hold"
+            f"no node of the cluster has the {wanted}{num_cpus:g} CPUs that an actor needs"
+            + (", beside one to read with" if is_split else "")
+            + f" (CPUs: {cpus}, GPUs: {gpus}); lower --cpus-per-actor or --gpus-per-actor, or say "
+            "with --max-actors how many a growing cluster may come to hold"
         )
     per_task = cluster.blocks_per_task or (4 if is_cuda else 2)
     readers = cluster.num_readers or (2 * max_actors if is_cuda else 1)
@@ -180,10 +193,14 @@ class Reader:
         self._plans = [SlidePlan.from_json(plan) for plan in plans]
         self._board = board
         self._maker = BlockMaker(engine)
+        self._clock = _Clock("reader")
+        _watch_storage(self._plans)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows (slide, block) with the block's LR pixels, or why there are none."""
+        self._clock.spent("waiting")
         rows = [self._read(row["slide"], row["block"]) for row in batch.to_pylist()]
+        self._clock.spent("working")
         return pa.Table.from_pylist(rows, schema=READ)
 
     def _read(self, slide: int, block: int) -> dict[str, Any]:
@@ -219,15 +236,26 @@ class Upscaler:
     def __init__(self, plans: Sequence[str], board: Any, engine: EngineConfig) -> None:
         self._plans = [SlidePlan.from_json(plan) for plan in plans]
         self._board = board
-        self._maker = BlockMaker(engine)
+        self._maker = BlockMaker(engine, num_writers=max(2, engine.num_threads or 2))
+        self._actor = ray.get_runtime_context().get_actor_id()
         self._idle_since = time.perf_counter()
-        self._meters = _Meters()
+        self._clock = _Clock("upscaler")
+        _watch_storage(self._plans)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows (slide, block, facts) of blocks that are on storage, or why they are not."""
-        rows = [self._make(row) for row in batch.to_pylist()]
+        self._clock.spent("waiting")
+        rows: list[tuple[dict[str, Any], Any]] = []
+        for row in batch.to_pylist():
+            if rows and rows[-1][0]["slide"] != row["slide"]:
+                # A block that takes the process down must not count against another slide.
+                self._settle(rows)
+            rows.append(self._make(row))
+        self._clock.spent("working")
         for row, pending in rows:
             self._complete(row, pending)
+            _count(row["facts"])
+        self._clock.spent("writing")
         self._idle_since = time.perf_counter()
         return pa.Table.from_pylist(
             [
@@ -236,6 +264,14 @@ class Upscaler:
             ],
             schema=MADE,
         )
+
+    def _settle(self, rows: Sequence[tuple[dict[str, Any], Any]]) -> None:
+        """Wait until blocks are on storage or have failed, and the board knows."""
+        pending = {future: row for row, future in rows if future is not None}
+        wait(pending)
+        for row in pending.values():
+            # Told from this thread, as the next block will be: the board hears of both in order.
+            self._board.end.remote(row["slide"], row["block"])
 
     def _make(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         slide, block = row["slide"], row["block"]
@@ -256,7 +292,7 @@ class Upscaler:
                 made["facts"] = _not_begun(turn)
                 return made, None
             # Rows come back in batches: when they do says little of when a block was made.
-            known["began"] = time.time()
+            known |= {"began": time.time(), "actor": self._actor}
             pixels = row.get("pixels")
             read = None if pixels is None else LrBlock.from_bytes(pixels)
             pending, facts = self._maker.begin_block(plan, block, read)
@@ -277,13 +313,11 @@ class Upscaler:
             row["facts"] |= pending.result()
         except Exception as error:
             row["facts"] |= _failure(error)
-        self._meters.count(row["facts"])
 
     def _calibrate(self, slide: int, plan: SlidePlan) -> Verdict:
         """Have the slide's calibration at hand: from storage, or made here if it is our turn."""
-        actor = ray.get_runtime_context().get_actor_id()
         while not self._maker.has_calibration(plan):
-            turn: Turn = ray.get(self._board.take_turn.remote(slide, actor))
+            turn: Turn = ray.get(self._board.take_turn.remote(slide, self._actor))
             if turn == "yours":
                 try:
                     self._maker.calibrate(plan)
@@ -296,29 +330,34 @@ class Upscaler:
         return "go"
 
 
-class _Meters:
-    """Ray's metrics, for the cluster's dashboards."""
+class _Clock:
+    """Counts what an actor's own thread spends its time on."""
 
-    def __init__(self) -> None:
-        self._blocks = metrics.Counter("carn_sr_blocks", "Blocks that are on storage.")
-        self._pixels = metrics.Counter("carn_sr_lr_pixels", "LR pixels of those blocks.")
-        self._bytes = metrics.Counter("carn_sr_bytes", "Encoded bytes of those blocks.")
-        self._failures = metrics.Counter("carn_sr_failed_blocks", "Blocks that failed.")
-        self._seconds = metrics.Counter(
-            "carn_sr_seconds", "Seconds of the actors, by stage.", tag_keys=("stage",)
-        )
+    def __init__(self, role: Literal["reader", "upscaler"]) -> None:
+        self._role = role
+        self._since = time.perf_counter()
 
-    def count(self, facts: Mapping[str, Any]) -> None:
-        if "reason" in facts:
-            self._failures.inc(1)
-            return
-        self._blocks.inc(1)
-        for counter, name in ((self._pixels, "num_lr_px"), (self._bytes, "num_bytes")):
-            if facts.get(name):
-                counter.inc(facts[name])
-        for name in ("read", "infer", "encode", "upload", "wait"):
-            if facts.get(f"{name}_s"):
-                self._seconds.inc(facts[f"{name}_s"], tags={"stage": name})
+    def spent(self, state: Literal["working", "waiting", "writing"]) -> None:
+        """All of the time since the last call."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        meters().add("carn_sr_actor_seconds_total", seconds, role=self._role, state=state)
+
+
+def _watch_storage(plans: Sequence[SlidePlan]) -> None:
+    watch_s3(*(plan.task.output for plan in plans), *(plan.task.uri for plan in plans))
+
+
+def _count(facts: Mapping[str, Any]) -> None:
+    """Count a block of which this is known."""
+    if "verdict" in facts:  # it was not begun
+        return
+    meters().add("carn_sr_blocks_total", outcome="failed" if "reason" in facts else "stored")
+    for name in ("read", "infer", "encode", "upload", "wait"):
+        meters().add("carn_sr_stage_seconds_total", facts.get(f"{name}_s", 0.0), stage=name)
+    if "reason" not in facts:
+        meters().add("carn_sr_lr_pixels_total", facts["num_lr_px"])
+        meters().add("carn_sr_written_bytes_total", facts["num_bytes"])
 
 
 def run_blocks(

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from carn.upscaling.finish import finish
 from carn.upscaling.lr_view import open_view
 from carn.upscaling.task import SlidePlan, SlideTask
 from carn.upscaling.work import inspect
+from jobs.metrics import watch_s3
 from jobs.ray_stage import Attempt, Unit, duration
 
 logger = logging.getLogger("super_resolve")
@@ -77,6 +78,7 @@ class Finisher:
 
     def finish(self, plan: str, threshold_db: float, has_pictures: bool) -> dict[str, Any]:
         """As `finish_unit`."""
+        watch_s3(plan)
         return finish_unit(plan, threshold_db, has_pictures)
 
 
@@ -119,6 +121,14 @@ class Finishing:
             self._idle.append(actor)
             yield slide, outcome
 
+    def drop(self) -> list[int]:
+        """Wait for nothing any more; returns the slides that were not collected."""
+        left = [slide for slide, _ in self._waiting]
+        left += [slide for slide, _ in self._running.values()]
+        self._waiting.clear()
+        self._running.clear()
+        return left
+
     @property
     def is_idle(self) -> bool:
         """Whether every slide that was begun has been collected."""
@@ -155,30 +165,57 @@ def in_thread(items: Iterator[T], *, tick_s: float = 1.0) -> Iterator[T | None]:
 
 
 class ProgressLines:
-    """Says in the log how far a run is, overall and for the slide at hand."""
+    """Says in the log how far a run is, overall and for the slide at hand.
 
-    def __init__(self, *, num_blocks: int, every_s: float) -> None:
-        self._num_blocks = num_blocks
+    How much is left is told by the bytes of the inputs, which are known before any is opened.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], *, every_s: float) -> None:
+        """Nothing is done yet.
+
+        Args:
+            sizes: of each input that is to be done, bytes, by name.
+            every_s: seconds between two lines.
+        """
+        self._left = {name: float(max(1, size)) for name, size in sizes.items()}
+        self._num_slides = len(self._left)
+        self._shares: dict[str, float] = {}
         self._every_s = every_s
-        self._num_done = 0
+        self._done = 0.0
         self._num_lr_px = 0
         self._started = self._said = time.monotonic()
         self._first: float | None = None
 
+    def begin(self, name: str, *, num_blocks: int, num_left: int) -> None:
+        """A slide has so many blocks, of which so many are still to be made."""
+        size = self._left.get(name, 1.0)
+        self._left[name] = size * num_left / num_blocks
+        self._shares[name] = size / num_blocks
+
+    def end(self, name: str) -> None:
+        """A slide has ended: whatever was left of it is not to be waited for."""
+        self._left.pop(name, None)
+
     def block(self, name: str, *, num_left: int, num_blocks: int, num_lr_px: int) -> None:
         """Count a block of a slide; a line now and then, and whenever a slide is through."""
         now = time.monotonic()
-        self._num_done += 1
+        share = min(self._shares.get(name, 0.0), self._left.get(name, 0.0))
+        if name in self._left:
+            self._left[name] -= share
+        if self._first is None:
+            # The first came late: processes had to start for it.
+            self._first = now
+        else:
+            self._done += share
         self._num_lr_px += num_lr_px
-        self._first = self._first or now
         if now - self._said < self._every_s and num_left:
             return
         self._said = now
         text = f"{name}: {format_count(num_blocks - num_left)} of {format_count(num_blocks)} blocks"
-        text += f"; in all {format_count(self._num_done)} of {format_count(self._num_blocks)}"
+        ended = self._num_slides - len(self._left)
+        text += f"; {format_count(ended)} of {format_count(self._num_slides)} slides ended"
         text += f", {self._num_lr_px / 1e6 / (now - self._started):.2f} LR megapixels a second"
-        if 1 < self._num_done < self._num_blocks:
-            # The first came late: processes had to start for it.
-            pace = (now - self._first) / (self._num_done - 1)
-            text += f", about {duration(pace * (self._num_blocks - self._num_done))} left"
+        left = sum(self._left.values())
+        if self._done and left:
+            text += f", about {duration((now - self._first) / self._done * left)} left"
         logger.info("%s", text)

@@ -3,10 +3,11 @@
 Made to run every night over the same inbox: what was done before is skipped, a bad slide is
 reported and ends nothing, a run that was stopped or killed is continued by the next one. A slide is
 committed whole or not at all. Output: <name>.tif (or .ome.zarr) for each slide, with <name>.json
-and <name>.consistency.png beside it, and runs/<id>/ with summary.json, failures.csv, report.html.
+and <name>.consistency.png beside it, and runs/<id>/ with summary.json, failures.csv, slides.jsonl,
+report.html.
 
 Exit status: 0 when nothing failed, 1 when a slide or the report did, 2 when the job could not
-begin.
+begin, 130 when it was stopped by hand.
 
 Examples:
   python jobs/super_resolve.py --slides inbox/ --checkpoint runs/carn-x2 --output sr/
@@ -16,13 +17,16 @@ Examples:
       --checkpoint s3://lab/runs/carn-x2 --output s3://lab/sr --gpus-per-actor 0.5
 """
 
+import json
 import logging
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 # `python jobs/super_resolve.py` puts jobs/ on the path, not the folder that holds carn/ and jobs/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,17 +35,17 @@ import tyro
 
 from carn import storage
 from carn.errors import CarnError
+from carn.log_lines import start_logging
 from carn.upscaling.inputs import find_inputs
 from jobs.sr_config import SuperResolveJob
-from jobs.sr_night import Night, check_checkpoint
+from jobs.sr_night import Night, check_checkpoint, slide_logger
 
 logger = logging.getLogger("super_resolve")
 
 
 def main(job: SuperResolveJob) -> int:
     """Super-resolve; returns the process's exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
+    _begin_log(job.run.log_format)
     checkpoint, halo_px = check_checkpoint(job)
     inputs = find_inputs(job.slides, job.images)
     output = storage.normalize(job.output).rstrip("/")
@@ -68,6 +72,35 @@ def main(job: SuperResolveJob) -> int:
         return 130
     is_bad = bool(night.count("failed", "conflict")) and job.run.on_bad_slide == "fail"
     return 1 if is_bad or night.is_broken or not night.is_reported else 0
+
+
+def _begin_log(form: Literal["text", "json"]) -> None:
+    start_logging()
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
+    slide_logger.setLevel(logging.INFO)
+    # People read of a slide in the words of the other loggers.
+    slide_logger.propagate = form == "json"
+    if form == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
+
+
+class JsonLines(logging.Formatter):
+    """Each record as one JSON object on one line; those of slides are that already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record, without its end."""
+        if record.name == slide_logger.name:
+            return record.getMessage()
+        content = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content)
 
 
 @contextmanager

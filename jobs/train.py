@@ -36,6 +36,7 @@ from ray.train import ScalingConfig
 from carn import storage
 from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.errors import CarnError, DatasetError, DivergedError
+from carn.log_lines import start_logging
 from carn.models.table import MODELS
 from carn.report.train_summary import write_report
 from carn.training.config import NetworkConfig, TrainConfig, resolve
@@ -129,7 +130,7 @@ class TrainJob:
 
 def main(job: TrainJob) -> int:
     """Train; returns the process's exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_logging()
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     config, output = resolve(job.train), job.output_uri
     dataset = open_dataset(job.dataset)

@@ -28,6 +28,7 @@ from carn.errors import (
 from carn.training.config import TrainConfig
 from carn.training.engine import KEEPING_ENVIRONMENT, EngineConfig
 from carn.training.loop import train
+from jobs.metrics import TrainingMeters
 
 # Windows of patches that one task of a stream reads: some tens of MB come back.
 WINDOWS_PER_TASK = 4
@@ -126,6 +127,15 @@ def run_worker(settings: dict[str, Any]) -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # Ray sets it to the CPUs
     if threads.isdigit() and engine.num_threads is None:
         engine = dataclasses.replace(engine, num_threads=int(threads))
+    network = task.config.network
+    count = TrainingMeters(
+        model=network.model, scale=network.scale, batch_size=task.config.patches.batch_size
+    )
+
+    def tell(event: Mapping[str, Any]) -> None:
+        count(event)
+        monitor.tell.remote(dict(event))
+
     try:
         result = train(
             task.config,
@@ -133,7 +143,7 @@ def run_worker(settings: dict[str, Any]) -> None:
             output=task.output,
             engine=engine,
             map_units=map_with_ray_data,
-            on_event=lambda event: monitor.tell.remote(dict(event)),
+            on_event=tell,
             on_checkpoint=_report,
         )
     except (CarnError, ValueError) as error:

@@ -1,4 +1,5 @@
-"""What a run of super-resolution leaves behind in writing: `summary.json`, as dataclasses.
+"""What a run of super-resolution leaves behind in writing: `summary.json`, as dataclasses; and what
+it says of each slide in one line of `slides.jsonl` and of its log.
 
 Reading is strict: a name too many, a name too few or a value of another kind is an error that names
 the place. JSON has no infinity (the PSNR of equal pictures): it is written as the text "inf".
@@ -17,6 +18,9 @@ import numpy as np
 Status = Literal["done", "skipped", "failed", "unfinished", "claimed", "conflict"]
 PictureKind = Literal["lr", "sr", "crop", "consistency", "seam"]
 Record = TypeVar("Record")
+
+# Raised when a field of SlideLine goes or changes its meaning; a new one does not.
+LINE_VERSION = 1
 
 STAGES = ("read_s", "infer_s", "encode_s", "upload_s", "wait_s")
 
@@ -84,25 +88,21 @@ class Seam:
         distance_px: SR px from the border between blocks, 0 across it.
         step: mean |difference| at each distance, in grey levels 0..255.
         baseline: the same, away from the border.
-        window_step: as `step`, at the borders of the windows that are inferred at once.
 
     Raises:
-        ValueError: the three are not of one length.
+        ValueError: distances and steps are not of one length.
     """
 
     distance_px: tuple[int, ...]
     step: tuple[float, ...]
     baseline: float
-    window_step: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("step", "window_step"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.distance_px):
-                raise ValueError(
-                    f"seam: {len(values)} values of {name} at {len(self.distance_px)} distances; "
-                    "give one for each"
-                )
+        if len(self.step) != len(self.distance_px):
+            raise ValueError(
+                f"seam: {len(self.step)} values of step at {len(self.distance_px)} distances; "
+                "give one for each"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +168,131 @@ class SlideSummary:
             ValueError: it is no JSON, or does not say exactly what it must.
         """
         return _from_text(text, cls)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideLine:
+    """What became of one slide, as one line of JSON for programs that collect logs.
+
+    Numbers that are not known, or not finite (the PSNR of equal pictures), are null, so that each
+    field is of one kind in all lines. docs/observability.md has the same list.
+
+    Attributes:
+        time: ISO 8601, when the slide reached this state.
+        run_id: of the run; the folder below `runs/`.
+        slide: its name, which may say whose it is: lines are for those who run the job.
+        status, reason: as in SlideSummary.
+        model, scale: of the network; SR px per LR px.
+        lr_extent, sr_extent: (width, height) in px; null for a slide that was not opened.
+        num_blocks, num_blocks_resumed, num_inferred_px, num_background_px: as in SlideSummary.
+        num_damaged: places that were filled from a coarser level.
+        seconds: from the first block to the commit; null where that was not reached.
+        read_s, infer_s, encode_s, upload_s, wait_s: seconds that this run's actors together spent
+            on its blocks; they may run side by side.
+        bytes_in: size of the input file as it was listed.
+        bytes_out: size of the finished slide.
+        consistency_median_db, consistency_min_db: of SR made small again against LR.
+        consistency_share_below: part of the cells below the threshold, 0..1.
+        accuracy_db: PSNR of the engine to the network in fp32.
+        retries: times that a block was begun again because its process had died, and that the slide
+            was taken up again because parts of it were gone.
+        event, version: "slide" and LINE_VERSION, to tell these lines from others.
+    """
+
+    time: str
+    run_id: str
+    slide: str
+    status: Status
+    reason: str | None
+    model: str
+    scale: int | None
+    lr_extent: tuple[int, int] | None
+    sr_extent: tuple[int, int] | None
+    num_blocks: int
+    num_blocks_resumed: int
+    num_inferred_px: int
+    num_background_px: int
+    num_damaged: int
+    seconds: float | None
+    read_s: float
+    infer_s: float
+    encode_s: float
+    upload_s: float
+    wait_s: float
+    bytes_in: int | None
+    bytes_out: int | None
+    consistency_median_db: float | None
+    consistency_min_db: float | None
+    consistency_share_below: float | None
+    accuracy_db: float | None
+    retries: int
+    event: Literal["slide"] = "slide"
+    version: int = LINE_VERSION
+
+    @classmethod
+    def of(
+        cls,
+        slide: SlideSummary,
+        *,
+        time: str,
+        run_id: str,
+        model: str,
+        stages: Mapping[str, float],
+        bytes_in: int | None,
+        retries: int,
+    ) -> Self:
+        """The line of a slide.
+
+        Args:
+            slide: what became of it.
+            time, run_id, model, bytes_in, retries: as the fields.
+            stages: seconds in each of STAGES; one that is not there took none.
+        """
+        extent, scale, agreement = slide.lr_extent, slide.scale, slide.consistency
+        read_s, infer_s, encode_s, upload_s, wait_s = (
+            round(stages.get(name, 0.0), 3) for name in STAGES
+        )
+        return cls(
+            time=time,
+            run_id=run_id,
+            slide=slide.name,
+            status=slide.status,
+            reason=slide.reason,
+            model=model,
+            scale=scale,
+            lr_extent=extent,
+            sr_extent=(extent[0] * scale, extent[1] * scale) if extent and scale else None,
+            num_blocks=slide.num_blocks,
+            num_blocks_resumed=slide.num_blocks_resumed,
+            num_inferred_px=slide.num_inferred_px,
+            num_background_px=slide.num_background_px,
+            num_damaged=len(slide.damage),
+            seconds=_known(slide.seconds),
+            read_s=read_s,
+            infer_s=infer_s,
+            encode_s=encode_s,
+            upload_s=upload_s,
+            wait_s=wait_s,
+            bytes_in=bytes_in,
+            bytes_out=slide.size_bytes,
+            consistency_median_db=_known(agreement.median_db if agreement else None),
+            consistency_min_db=_known(agreement.min_db if agreement else None),
+            consistency_share_below=_known(agreement.share_below if agreement else None),
+            accuracy_db=_known(slide.accuracy_db),
+            retries=retries,
+        )
+
+    def to_json(self) -> str:
+        """As one line of ASCII, without its end."""
+        return json.dumps(vars(self), allow_nan=False)
+
+    def __str__(self) -> str:
+        """As `to_json`: a logger that nobody listens to need not make the text."""
+        return self.to_json()
+
+
+def _known(value: float | None) -> float | None:
+    return round(value, 3) if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True, kw_only=True)

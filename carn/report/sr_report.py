@@ -299,26 +299,15 @@ def judge_seam(seam: Seam) -> tuple[bool, str]:
     It is held against the largest of the others, not their mean: enlargement and JPEG make steps
     that come again every few px, and both are at one with the border.
     """
-    curves = [("block", seam.step), ("window", seam.window_step)]
-    verdicts = []
-    for name, values in curves:
-        if values is None or 0 not in seam.distance_px:
-            continue
-        at = seam.distance_px.index(0)
-        others = [value for place, value in enumerate(values) if place != at]
-        if not others:
-            continue
-        is_flat = values[at] <= (1 + MIN_SEAM_EXCESS) * max(others)
-        text = (
-            f"across a {name} border {values[at]:.2f} grey levels, beside it "
-            f"{min(others):.2f}–{max(others):.2f}"
-        )
-        verdicts.append((is_flat, text))
-    if not verdicts:
+    across = [step for place, step in zip(seam.distance_px, seam.step, strict=True) if place == 0]
+    others = [step for place, step in zip(seam.distance_px, seam.step, strict=True) if place != 0]
+    if not across or not others:
         return True, "There is no distance 0 to judge."
-    is_flat = all(flat for flat, _ in verdicts)
-    words = "; ".join(text for _, text in verdicts)
-    return is_flat, f"{'No seam' if is_flat else 'A seam'}: {words}."
+    is_flat = across[0] <= (1 + MIN_SEAM_EXCESS) * max(others)
+    return is_flat, (
+        f"{'No seam' if is_flat else 'A seam'}: across a block border {across[0]:.2f} grey levels, "
+        f"beside it {min(others):.2f}–{max(others):.2f}."
+    )
 
 
 # ------------------------------------------------------------------------------------------- facts
@@ -467,16 +456,11 @@ class _Line(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     colour: Colour
-    is_dashed: bool = False
 
 
 def _plot_seam(seam: Seam, *, name: str) -> Markup:
-    lines = [_Line("across borders of blocks", seam.distance_px, seam.step, "kept")]
-    if seam.window_step is not None:
-        windows = _Line("of windows", seam.distance_px, seam.window_step, "surplus", True)
-        lines.append(windows)
     return _plot_lines(
-        lines,
+        [_Line("across borders of blocks", seam.distance_px, seam.step, "kept")],
         name=name,
         x_label="distance from the border, SR px",
         y_label="mean step, grey levels",
@@ -525,7 +509,6 @@ def _plot_lines(
             line.y,
             color=COLOURS[line.colour],
             linewidth=1.6,
-            linestyle=(0, (3, 2)) if line.is_dashed else "solid",
             marker="o" if len(line.x) <= 60 else "",
             markersize=3,
             label=line.label,

@@ -198,12 +198,8 @@ def seam_profile(
     return distances, steps
 
 
-def join_seams(
-    profiles: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]],
-    *,
-    window_profiles: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]] = (),
-) -> Seam:
-    """The mean of profiles of borders of blocks, and of windows where there are any.
+def join_seams(profiles: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]) -> Seam:
+    """The mean of profiles of borders of blocks.
 
     Raises:
         ValueError: there is no profile.
@@ -212,14 +208,10 @@ def join_seams(
         raise ValueError("no profile to join; a slide of one block has no seam to show")
     distances = profiles[0][0]
     step = np.mean([values for _, values in profiles], axis=0)
-    windows = (
-        np.mean([values for _, values in window_profiles], axis=0) if window_profiles else None
-    )
     return Seam(
         distance_px=tuple(distances.tolist()),
         step=tuple(step.tolist()),
         baseline=float(step[np.abs(distances) >= SEAM_BASELINE_PX].mean()),
-        window_step=None if windows is None else tuple(windows.tolist()),
     )
 
 

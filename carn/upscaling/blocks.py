@@ -158,14 +158,12 @@ class BlockResult:
 
     Attributes:
         pixels: (y1 - y0, x1 - x0, 3) uint8, the SR block.
-        consistency: mean squared error per cell; see `carn.upscaling.consistency`.
         num_inferred_px: own LR px that the network saw.
         num_background_px: own LR px that it did not: background, flat or damaged.
         damage: of the block's own LR px.
     """
 
     pixels: Rgb
-    consistency: NDArray[np.float32]
     num_inferred_px: int
     num_background_px: int
     damage: tuple[Damage, ...]
@@ -353,20 +351,28 @@ def upscale_block(
         math.prod(_common(grid.box_of(row, column), region.own)[2:])
         for row, column in np.argwhere(wanted).tolist()
     )
-    errors = consistency(
-        making.sr,
+    return BlockResult(
+        pixels=making.sr,
+        num_inferred_px=inferred_px,
+        num_background_px=own_px - inferred_px,
+        damage=lr_block.damage,
+    )
+
+
+def block_consistency(lr_block: LrBlock, sr: Rgb) -> NDArray[np.float32]:
+    """Mean squared error per cell between an SR block, made small again, and its LR pixels.
+
+    See `carn.upscaling.consistency`. It needs a CPU for as long as encoding a tenth of the block
+    does, so it is left to whoever encodes it.
+    """
+    region = lr_block.region
+    return consistency(
+        sr,
         lr_block.pixels,
         sr_box=region.sr_box,
         lr_corner=(region.x, region.y),
         extent_sr=region.extent_sr,
         scale=region.scale,
-    )
-    return BlockResult(
-        pixels=making.sr,
-        consistency=errors,
-        num_inferred_px=inferred_px,
-        num_background_px=own_px - inferred_px,
-        damage=lr_block.damage,
     )
 
 

@@ -21,7 +21,14 @@ from carn.models.checkpoint import load_model
 from carn.slides.slide import Rgb
 from carn.slides.slide_output import OutputSpec, SlideOutput, open_output
 from carn.slides.tiff_output import MAX_BLOCKS
-from carn.upscaling.blocks import BlockRegion, LrBlock, block_region, read_block, upscale_block
+from carn.upscaling.blocks import (
+    BlockRegion,
+    LrBlock,
+    block_consistency,
+    block_region,
+    read_block,
+    upscale_block,
+)
 from carn.upscaling.calibration import Calibration, calibrate
 from carn.upscaling.engine import Engine, EngineConfig, make_engine, reference_engine
 from carn.upscaling.lr_view import LrView, open_view
@@ -218,7 +225,6 @@ class BlockMaker:
         facts["infer_s"] = time.perf_counter() - started
         facts["num_lr_px"] = result.num_inferred_px + result.num_background_px
         record: dict[str, Any] = {
-            "consistency": result.consistency,
             "num_inferred_px": result.num_inferred_px,
             "num_background_px": result.num_background_px,
             "damage": json.dumps([asdict(item) for item in result.damage]),
@@ -229,7 +235,11 @@ class BlockMaker:
 
         def write() -> dict[str, Any]:
             seconds: dict[str, float] = {}
+            started = time.perf_counter()
+            record["consistency"] = block_consistency(read, result.pixels)
+            checked = time.perf_counter() - started
             num_bytes = output.write_block(index, result.pixels, facts=record, seconds=seconds)
+            seconds["encode_s"] = seconds.get("encode_s", 0.0) + checked
             return {**seconds, "num_bytes": num_bytes}
 
         return self._writers.submit(write), facts

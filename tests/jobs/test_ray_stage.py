@@ -1,8 +1,15 @@
 """What a stage says of itself; how it runs is tested with the jobs."""
 
-import pytest
+import inspect
+import ipaddress
+from typing import Any
 
-from jobs.ray_stage import progress
+import pytest
+import ray
+
+from jobs.ray_stage import ClusterError, progress, start_ray
+
+ray_init = ray.init
 
 
 @pytest.mark.parametrize(
@@ -18,3 +25,28 @@ def test_progress_leaves_the_start_out_of_its_estimate(
     done: int, seconds: float, expected: str
 ) -> None:
     assert progress(done, 1000, seconds=seconds, seconds_to_first=14.0) == expected
+
+
+@pytest.mark.parametrize("has_dashboard", [False, True])
+def test_rays_dashboard_is_bound_to_this_machine(
+    monkeypatch: pytest.MonkeyPatch, has_dashboard: bool
+) -> None:
+    class Stop(Exception):
+        """Before Ray is started."""
+
+    asked: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        asked.update(options)
+        raise Stop
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError):
+        start_ray(has_dashboard=has_dashboard)
+    assert ipaddress.ip_address(asked["dashboard_host"]).is_loopback
+    assert asked["include_dashboard"] is has_dashboard
+    # Who starts Ray by hand gets the same unless they ask for more.
+    default = inspect.signature(ray_init).parameters["dashboard_host"].default
+    assert ipaddress.ip_address(default).is_loopback

@@ -1,7 +1,10 @@
 """What the actors of a run have to know of each other, and who works; without Ray's processes."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from carn.upscaling.engine import EngineConfig
@@ -9,7 +12,7 @@ from jobs import sr_pipeline
 from jobs.ray_stage import MAX_ATTEMPTS, ClusterError
 from jobs.sr_config import ClusterConfig
 from jobs.sr_pipeline import Board, crew_for
-from jobs.sr_stages import in_thread
+from jobs.sr_stages import ProgressLines, in_thread
 
 
 def test_a_block_that_never_survives_is_given_up() -> None:
@@ -75,6 +78,84 @@ def test_gpus_are_shared_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crew.num_readers == 8
     crew = crew_for(ClusterConfig(), EngineConfig(device="cpu"))
     assert (crew.device, crew.num_gpus) == ("cpu", 0.0)
+
+
+def test_readers_have_a_cpu_beside_gpu_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", nodes({"CPU": 2.0, "GPU": 1.0}))
+    crew = crew_for(ClusterConfig(), EngineConfig())
+    assert (crew.num_cpus, crew.max_actors) == (1.0, 1)
+    with pytest.raises(ClusterError, match="beside one to read with"):
+        crew_for(ClusterConfig(cpus_per_actor=2.0), EngineConfig())
+    # Where another node can read, nothing is left free.
+    monkeypatch.setattr("ray.nodes", nodes({"CPU": 2.0, "GPU": 1.0}, {"CPU": 4.0}))
+    crew = crew_for(ClusterConfig(), EngineConfig())
+    assert (crew.num_cpus, crew.max_actors) == (2.0, 1)
+
+
+def test_progress_is_told_of_all_slides(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="super_resolve")
+    now = [100.0]
+    monkeypatch.setattr("jobs.sr_stages.time.monotonic", lambda: now[0])
+    show = ProgressLines({"a": 400, "b": 800, "bad": 9000}, every_s=5)
+    show.begin("a", num_blocks=4, num_left=3)  # one was made by an earlier run
+    show.end("bad")  # failed: not waited for
+    for left in (2, 1, 0):
+        now[0] += 10
+        show.block("a", num_left=left, num_blocks=4, num_lr_px=1_000_000)
+    show.end("a")
+    show.begin("b", num_blocks=8, num_left=8)
+    now[0] += 10
+    show.block("b", num_left=7, num_blocks=8, num_lr_px=1_000_000)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == (
+        "a: 2 of 4 blocks; 1 of 3 slides ended, 0.10 LR megapixels a second"  # nothing to tell by
+    )
+    # After the first block 100 bytes took 10 s; 100 of a and 800 of b are left.
+    assert lines[1].endswith("about 1 min 30 s left")
+    # 300 bytes took 30 s, 700 are left.
+    assert lines[3].startswith("b: 1 of 8 blocks; 2 of 3 slides ended")
+    assert lines[3].endswith("about 1 min 10 s left")
+
+
+def test_a_block_does_not_wait_beside_another_slides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor of `Upscaler`, its blocks written by a thread that takes its time."""
+    said: list[tuple[str, int, int]] = []
+
+    class Handle:
+        def __getattr__(self, name: str) -> Any:
+            def remote(slide: int, block: int) -> str:
+                said.append((name, slide, block))
+                return "go"
+
+            return type("Method", (), {"remote": staticmethod(remote)})
+
+    class Maker:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self._pool = ThreadPoolExecutor(1)
+
+        def has_calibration(self, _plan: Any) -> bool:
+            return True
+
+        def begin_block(self, _plan: Any, block: int, _read: Any) -> Any:
+            facts = {"num_lr_px": 1}
+            return self._pool.submit(lambda: time.sleep(0.2) or {"num_bytes": block}), facts
+
+    monkeypatch.setattr("ray.get", lambda found: found)
+    monkeypatch.setattr(sr_pipeline, "BlockMaker", Maker)
+    monkeypatch.setattr("ray.get_runtime_context", type("C", (), {"get_actor_id": lambda _: "a"}))
+    upscaler = sr_pipeline.Upscaler([], Handle(), EngineConfig(device="cpu"))
+    upscaler._plans = [None, None]  # type: ignore[list-item]
+    batch = pa.Table.from_pylist([{"slide": 0, "block": 5}, {"slide": 1, "block": 0}])
+    made = upscaler(batch).to_pylist()
+    assert [(row["slide"], row["block"]) for row in made] == [(0, 5), (1, 0)]
+    # The board knows that the first slide's block was survived before the second's begins.
+    assert said.index(("end", 0, 5)) < said.index(("begin", 1, 0))
+    # Blocks of one slide overlap: the second begins while the first is written.
+    said.clear()
+    upscaler(pa.Table.from_pylist([{"slide": 0, "block": 6}, {"slide": 0, "block": 7}]))
+    assert said.index(("begin", 0, 7)) < said.index(("end", 0, 6))
 
 
 def test_what_no_node_holds_is_an_error_unless_the_cluster_grows(

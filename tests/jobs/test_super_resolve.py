@@ -5,7 +5,8 @@ import io
 import json
 import os
 import sys
-from datetime import datetime
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from carn.upscaling.lr_view import InputConfig
 from carn.upscaling.outbox import SlideClaims
 from carn.upscaling.task import SlidePlan
 from jobs import sr_night, super_resolve
-from jobs.sr_config import RunConfig, parse_deadline
-from jobs.sr_night import Night
+from jobs.sr_config import RunConfig, SuperResolveJob, parse_deadline
+from jobs.sr_night import Night, check_checkpoint
 from jobs.sr_stages import finish_unit
 from jobs.super_resolve import main
 from tests.conftest import Bucket
@@ -279,9 +280,52 @@ def test_storage_that_is_down_ends_the_run_instead_of_every_slide(
             yield slide, 0, {"verdict": "stopped"}
 
     monkeypatch.setattr(sr_night, "run_blocks", run_blocks)
-    assert main(make_sr_job(lab, lab / "sr")) == 1
+    assert main(make_sr_job(lab, lab / "sr", run={"outage_minutes": 0.0})) == 1
     assert "stopped: " in capsys.readouterr().out
     assert list(statuses(lab / "sr").values()) == ["failed", *["unfinished"] * 3]
+
+
+def test_what_an_outage_failed_is_done_again(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    down = {"reason": "s3://lab/x: the object store cannot be reached", "is_storage": True}
+    write, make = storage.write_bytes, sr_night.run_blocks
+    probes: list[str] = []
+
+    def refused_twice(uri: str, content: bytes) -> None:
+        if uri.endswith("/begun"):
+            probes.append(uri)
+            if 1 < len(probes) <= 3:  # the first is made when the run begins
+                raise StorageError(uri, "the object store cannot be reached")
+        write(uri, content)
+
+    def run_blocks(plans: Any, blocks: Any, **options: Any) -> Any:
+        monkeypatch.setattr(sr_night, "run_blocks", make)
+        yield 0, 0, dict(down)
+        yield from make(plans, [block for block in blocks if block[0] != 0], **options)
+
+    monkeypatch.setattr(storage, "write_bytes", refused_twice)
+    monkeypatch.setattr(sr_night, "run_blocks", run_blocks)
+    monkeypatch.setattr(sr_night, "PROBE_S", 0.01)
+    # At the limit of slides, what was begun is still brought to its end.
+    assert main(make_sr_job(lab, lab / "sr", run={"limit": 2})) == 0
+    assert len(probes) == 4
+    assert statuses(lab / "sr") == {"Case_1": "done", "Case_2": "done"}
+
+
+def test_a_deadline_long_past_waits_for_nothing(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Slides that are being finished when the deadline comes, by an actor that never answers.
+    soon = (datetime.now().astimezone() + timedelta(seconds=20)).isoformat()
+    monkeypatch.setattr(sr_night, "GRACE_S", 1.0)
+    monkeypatch.setattr("jobs.sr_stages.Finishing.collect", lambda *_, **__: iter(()))
+    started = time.monotonic()
+    assert main(make_sr_job(lab, lab / "sr", run={"deadline": soon})) == 0
+    assert time.monotonic() - started < 60
+    assert last_summary(lab / "sr")["is_stopped"] == "deadline"
+    assert set(statuses(lab / "sr").values()) == {"unfinished"}
+    monkeypatch.undo()
+    assert main(make_sr_job(lab, lab / "sr")) == 0
+    assert set(statuses(lab / "sr").values()) == {"done"}
 
 
 def test_a_slide_that_storage_fails_alone_does_not_end_the_run(
@@ -300,7 +344,7 @@ def test_a_slide_that_was_finished_unheard_is_not_finished_again(lab: Path) -> N
     plans: dict[str, SlidePlan] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Night, "_finished", lambda self, plan, _: plans.update({plan.task.name: plan})
+            Night, "_finished", lambda self, wave, plan, _: plans.update({plan.task.name: plan})
         )
         main(make_sr_job(lab, lab / "sr", slides=one(lab)))
     made = sha256_of(lab / "sr" / "Case_1.tif")
@@ -408,6 +452,80 @@ def test_a_checkpoint_is_tried_before_anything_is_started(tmp_path: Path) -> Non
     job = make_sr_job(tmp_path, tmp_path / "sr", slides=(str(tmp_path / "inbox.tif"),))
     with pytest.raises(CheckpointError, match="damaged"):
         main(job)
+
+
+def test_a_night_with_nothing_to_do_tidies_up(tmp_path: Path) -> None:
+    out = str(tmp_path / "sr")
+    write_model(str(tmp_path / "model"))
+    storage.write_bytes(f"{out}/_work/gone/0123456789abcdef/cells.npz", b"")
+    for abandon_days, num_left in ((1.0, 1), (1e-9, 0)):
+        job = make_sr_job(tmp_path, out, run={"abandon_days": abandon_days})
+        checkpoint, halo_px = check_checkpoint(job)
+        night = Night(job, checkpoint=checkpoint, halo_px=halo_px, output=out)
+        night.begin()
+        night.work()
+        assert len(storage.list_objects(f"{out}/_work")) == num_left
+
+
+@pytest.mark.parametrize(
+    ("roots", "output", "is_refused"),
+    [
+        # Folders and prefixes, however they are spelled.
+        ({"slides": "/d"}, "/d", True),
+        ({"slides": "/d/"}, "/d/sr/", True),
+        ({"images": "/d"}, "/d/sr", True),
+        ({"images": "/d/x/.."}, "/d/sr", True),
+        ({"slides": "/d"}, "/x/../d/sr", True),
+        ({"slides": "file:///d"}, "/d/sr", True),
+        ({"slides": "s3://lab/in"}, "s3://lab/in/sr", True),
+        ({"slides": "s3://lab"}, "s3://lab/sr", True),
+        ({"slides": "s3://lab/in"}, "s3://lab/in-sr", False),
+        ({"slides": "/d/in"}, "/d", False),
+        ({"slides": "/d/One.svs"}, "/d", False),
+        # Globs of images find the maps beside the results, or the pictures of reports.
+        ({"images": "/d/*.png"}, "/d", True),
+        ({"images": "/d/*"}, "/d", True),
+        ({"images": "/d/tile_?*"}, "/d", True),
+        ({"images": "/d/*.PNG"}, "/d", True),
+        ({"images": "/d/*/*.png"}, "/d", True),
+        ({"images": "/d/*/*.png"}, "/d/sr", True),
+        ({"images": "/d/s[r]/*g"}, "/d/sr", True),
+        ({"images": "/x/../d/*.png"}, "/d", True),
+        ({"images": "s3://lab/*/*.png"}, "s3://lab/sr", True),
+        ({"images": "/d/*/*/*/*.jpg"}, "/d", True),
+        # These do not.
+        ({"images": "/d/*.png"}, "/d/sr", False),
+        ({"images": "/d/*/*.png"}, "/e", False),
+        ({"images": "/d/x[12]/*.png"}, "/d/sr", False),
+        ({"images": "/d/in/*.png"}, "/d", False),
+        ({"images": "/d/*.jpg"}, "/d", False),
+        ({"images": "/d/*.tif"}, "/d", False),
+        ({"images": "/d/*/one.png"}, "/d", False),
+        ({"images": "s3://lab/in-*/*.png"}, "s3://lab/sr", False),
+        # Slides say of themselves that they are results.
+        ({"slides": "/d/*.tif"}, "/d", False),
+        ({"slides": "/d/*/*.svs"}, "/d/sr", False),
+    ],
+)
+def test_results_are_not_to_become_input(
+    roots: dict[str, str], output: str, is_refused: bool
+) -> None:
+    given = {name: (root,) for name, root in roots.items()}
+    (root,) = roots.values()
+    if not is_refused:
+        SuperResolveJob(checkpoint="/model", output=output, **given)
+        return
+    with pytest.raises(ValueError, match="take its results for input") as caught:
+        SuperResolveJob(checkpoint="/model", output=output, **given)
+    assert f"lies in {root}" in str(caught.value)
+
+
+def test_links_do_not_hide_that_results_become_input(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    for root in (f"{tmp_path}/d", f"{tmp_path}/d/*.png"):
+        with pytest.raises(ValueError, match="lies in"):
+            SuperResolveJob(checkpoint="/model", output=f"{tmp_path}/link", images=(root,))
 
 
 def test_deadlines() -> None:

@@ -257,6 +257,12 @@ WORKER_KILLS = {
         Fault(function="carn.uploads:complete", when="after"),
         Fault(function="carn.upscaling.outbox:mark_done", said="Case_2"),
     ],
+    "tidying up": [
+        Fault(function="carn.upscaling.outbox:mark_done", when="after", said="Case_1"),
+        Fault(
+            function="carn.slides.slide_output:SlideOutput._delete", when="after", said="*Case_2*"
+        ),
+    ],
 }
 
 
@@ -304,6 +310,12 @@ DRIVER_KILLS = {
     "amid the commit": Fault(function="carn.uploads:_append", when="after", skip=1, do="power_cut"),
     "after the commit": Fault(function="carn.uploads:complete", when="after", do="power_cut"),
     "before the note": Fault(function="carn.upscaling.outbox:mark_done", do="power_cut"),
+    "after the note": Fault(
+        function="carn.upscaling.outbox:mark_done", when="after", do="power_cut"
+    ),
+    "amid tidying up": Fault(
+        function="carn.slides.slide_output:SlideOutput._delete", when="after", do="power_cut"
+    ),
     "writing the report": Fault(
         function="carn.storage:write_durably", when="half", said="*summary.json*"
     ),
@@ -398,9 +410,17 @@ def test_a_store_that_is_busy_and_drops_connections(
         assert not [rule for rule in faults.rules if rule.times], "some faults never struck"
     assert statuses(out) == dict.fromkeys(BLOCKS, "done")
     for upload in uploads.list_uploads(out):
-        # One whose beginning was not answered; a later run removes it.
+        # One whose beginning was not answered.
         assert not uploads.list_parts(upload.uri, upload.upload_id)
-        uploads.abort(upload.uri, upload.upload_id)
+    # A later run removes it, though it has nothing else to do.
+    settings = settings_of(s3_endpoint)
+    job = Job(
+        *(remote_lab, out, "--abandon-days", "1e-6"),
+        folder=tmp_path / "again",
+        environment=settings,
+    )
+    run(job)
+    assert statuses(out) == dict.fromkeys(BLOCKS, "skipped")
     check_whole(out, remote_lab)
 
 
@@ -434,7 +454,14 @@ def test_a_store_that_goes_down_for_good(
     )
     with run_proxy(s3_endpoint) as (endpoint, faults):
         settings = settings_of(endpoint)
-        job = Job(remote_lab, out, folder=tmp_path / "run", faults=[waiting], environment=settings)
+        job = Job(
+            remote_lab,
+            out,
+            *("--outage-minutes", "0"),
+            folder=tmp_path / "run",
+            faults=[waiting],
+            environment=settings,
+        )
         job.wait_for()
         faults.add("drop", times=10**9)
         sr_faults.go(tmp_path / "run")
@@ -450,6 +477,30 @@ def test_a_store_that_goes_down_for_good(
     assert "Traceback" not in job.said
     run(Job(remote_lab, out, folder=tmp_path / "again", environment=settings_of(s3_endpoint)))
     assert slides_of(out)["Case_1"]["num_blocks_resumed"] >= 2
+    check_whole(out, remote_lab)
+
+
+def test_an_outage_of_a_minute_costs_no_slide(
+    remote_lab: Lab, s3: Bucket, s3_endpoint: str, tmp_path: Path
+) -> None:
+    out = s3.uri("sr")
+    waiting = Fault(
+        function="carn.slides.slide_output:SlideOutput._write_record", do="wait", skip=2
+    )
+    with run_proxy(s3_endpoint) as (endpoint, faults):
+        settings = settings_of(endpoint)
+        job = Job(remote_lab, out, folder=tmp_path / "run", faults=[waiting], environment=settings)
+        job.wait_for()
+        faults.add("drop", times=10**9)
+        sr_faults.go(tmp_path / "run")
+        deadline = time.monotonic() + PATIENCE_S
+        while "waiting for the output to come back" not in job.said:
+            assert job.process.poll() is None, job.said
+            assert time.monotonic() < deadline, job.said
+            time.sleep(0.5)
+        faults.rules.clear()
+        run(job)
+    assert statuses(out) == dict.fromkeys(BLOCKS, "done")
     check_whole(out, remote_lab)
 
 

@@ -59,7 +59,6 @@ slides = st.builds(
         distance_px=st.just((-1, 0)),
         step=st.tuples(finite, finite),
         baseline=finite,
-        window_step=st.none() | st.tuples(finite, finite),
     ),
 )
 
@@ -266,9 +265,8 @@ def test_a_step_between_blocks_shows_at_zero_and_nowhere_else() -> None:
 
 def test_profiles_join_to_their_mean() -> None:
     first, second = (seam_profile(draw(64, 64, seed=s), border_px=32, axis=0) for s in (1, 2))
-    joined = join_seams([first, second], window_profiles=[second])
+    joined = join_seams([first, second])
     assert joined.step == pytest.approx(tuple((first[1] + second[1]) / 2))
-    assert joined.window_step == pytest.approx(tuple(second[1]))
     far = [s for d, s in zip(joined.distance_px, joined.step, strict=True) if abs(d) >= 4]
     assert joined.baseline == pytest.approx(np.mean(far))
     with pytest.raises(ValueError, match="no profile"):

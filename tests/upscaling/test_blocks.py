@@ -22,6 +22,7 @@ from carn.upscaling.blocks import (
     BlockResult,
     Damaged,
     LrBlock,
+    block_consistency,
     block_region,
     num_blocks,
     read_block,
@@ -446,12 +447,14 @@ def test_blocks_go_through_bytes() -> None:
 
 def test_results_carry_the_consistency_of_their_cells() -> None:
     pixels = draw(300, 200)
-    sr, results = upscale_all(view_of(pixels), Repeating(scale=2), block_px=256)
+    view = view_of(pixels)
+    sr, results = upscale_all(view, Repeating(scale=2), block_px=256)
     extent_sr = (600, 400)
     parts = []
     for index, made in enumerate(results):
         region = block_region(extent_sr, block_px=256, index=index, scale=2, halo_px=4)
-        parts.append((region.sr_box, made.consistency))
+        errors = block_consistency(read_block(view, region, on_damage="fail"), made.pixels)
+        parts.append((region.sr_box, errors))
     joined = consistency.join(parts, extent_sr=extent_sr, scale=2)
     assert joined.shape == (4, 5)
     whole_map = consistency.consistency(
