@@ -27,7 +27,7 @@ demo: $(STAMP)  ## make slides from real tissue, build bcSR, train, evaluate, su
 	  --output demo/bcsr --tile-px 512 --keep 180 --num-test 30 --num-validation 15
 	$(BIN)/python jobs/train.py --dataset demo/bcsr --output demo/carn-x2 --scale 2 \
 	  --num-blocks 2 --channels 32 --reduction 4 --steps 600 --learning-rate 1e-3 --schedule cosine \
-	  --warmup-steps 20 --ema-decay 0.95 --precision bf16 --validate-every 200
+	  --warmup-steps 20 --ema-decay 0.95 --validate-every 200
 	$(BIN)/python jobs/super_resolve.py --slides demo/slides/Demo_006.tif --input-mpp 0.5 \
 	  --checkpoint demo/carn-x2 --output demo/sr
 	$(BIN)/python jobs/evaluate.py --dataset demo/bcsr --runs demo/carn-x2 --output demo/evaluation \
