@@ -202,13 +202,13 @@ def run_job(lab: Path, benchmark: Benchmark, number: int) -> dict[str, float]:
     night.judge(find_inputs(job.slides))
     night.begin()
     night.work()
-    assert night.count("done") == 1, night.slides
-    assert night.first_began is not None
-    num_px = sum(count for _, count in night.made)
+    assert night.tally.count("done") == 1, night.tally.slides
+    assert night.tally.first_began is not None
+    num_px = sum(count for _, count in night.tally.made)
     return {
-        "steady": num_px / 1e6 / (time.time() - night.first_began),
-        "all": num_px / 1e6 / night.working_seconds,
-        "busy_share": night.stages["infer_s"] / night.working_seconds,
+        "steady": num_px / 1e6 / (time.time() - night.tally.first_began),
+        "all": num_px / 1e6 / night.tally.working_seconds,
+        "busy_share": night.tally.stages["infer_s"] / night.tally.working_seconds,
     }
 
 

@@ -1,24 +1,20 @@
-"""One run of super_resolve.py: what there is to do, the doing of it, what became of it."""
+"""One run of super_resolve.py: what there is to do, and the doing of it."""
 
 import dataclasses
 import json
 import logging
 import time
-import uuid
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-import numpy as np
 import ray
 
 from carn import storage
 from carn.errors import CheckpointError, StorageError
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
-from carn.report.sr_records import STAGES, Pace, RunSummary, SlideLine, SlideSummary, Status
-from carn.report.sr_summary import RUNS, write_run
+from carn.report.sr_records import SlideSummary, Status
 from carn.slides.provenance import read_provenance
 from carn.upscaling.engine import reference_engine
 from carn.upscaling.inputs import SlideInput
@@ -35,11 +31,10 @@ from jobs.metrics import meters, watch_s3
 from jobs.ray_stage import StageRunner, duration, start_ray
 from jobs.sr_config import SuperResolveJob, parse_deadline
 from jobs.sr_pipeline import Crew, crew_for, make_board, run_blocks
-from jobs.sr_stages import Finishing, ProgressLines, in_thread, inspect_unit
+from jobs.sr_stages import Finishing, in_thread, inspect_unit
+from jobs.sr_tally import Tally
 
 logger = logging.getLogger("super_resolve")
-# One line of JSON for each slide, when it has reached its final state; see SlideLine.
-slide_logger = logging.getLogger("carn.slide")
 
 # Input bytes that a wave of slides holds for each actor, by device: about an hour's work of a CPU
 # actor, minutes of a GPU's. A wave's slides are claimed together; a second run does other ones.
@@ -52,11 +47,8 @@ MAX_ROUNDS = 3
 GRACE_S = 900.0
 # Seconds between two looks at storage that is down, each of which tries for some seconds itself.
 PROBE_S = 5.0
-# Points of the report's curve of throughput.
-PACE_STEPS = 24
 # Seconds to wait for the board's answer; it may be lost with its node.
 BOARD_S = 10.0
-SLIDE_LINES = "slides.jsonl"
 LOST = "blocks were lost: their workers died, or Ray gave them up; see its logs"
 
 
@@ -121,29 +113,12 @@ class Night:
         self.checkpoint = checkpoint
         self.halo_px = halo_px
         self.output = output
-        self.started = datetime.now().astimezone()
-        self.run_id = f"{self.started.astimezone(UTC):%Y-%m-%dT%H-%M-%S}-{uuid.uuid4().hex[:4]}"
+        self.tally = Tally(job, checkpoint=checkpoint, output=output)
         self.stopped: str | None = None
-        self.is_reported = True
         self.is_broken = False
-        self.slides: dict[str, SlideSummary] = {}
         self.todo: list[SlideTask] = []
-        self.sizes: dict[str, int] = {}
-        self.lines: dict[str, SlideLine] = {}
-        self.slide_stages: dict[str, Counter[str]] = {}
-        self.retries: Counter[str] = Counter()
-        self.pictures: dict[str, bytes] = {}
-        self.stages: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-        self.num_actors = 0
-        self.num_lr_px = 0
-        self.working_seconds = 0.0
-        self.actor_seconds = 0.0
-        self.made: list[tuple[float, int]] = []
-        # When the first block was begun, in seconds since the epoch, by the clock of who did.
-        self.first_began: float | None = None
         self.begun: set[str] = set()
         self.num_shown = 0
-        self.show = ProgressLines({}, every_s=job.run.progress_s)
         # Why a slide is to be done again.
         self.why_again: dict[str, str] = {}
         self.crew: Crew | None = None
@@ -165,10 +140,10 @@ class Night:
                 scale=self.checkpoint.scale,
             )
             # Two inputs that want one name have a row each.
-            key = item.name if item.name not in self.slides else f"{item.name} ({item.uri})"
-            self.slides[key] = slide
+            key = item.name if item.name not in self.tally.slides else f"{item.name} ({item.uri})"
+            self.tally.slides[key] = slide
             if item.problem is not None:
-                self._end(key, status="failed", reason=item.problem)
+                self.tally.end(key, status="failed", reason=item.problem)
             else:
                 tasks[key] = make_task(
                     self.job,
@@ -177,25 +152,25 @@ class Night:
                     halo_px=self.halo_px,
                     output=self.output,
                 )
-                self.sizes[key] = item.size_bytes
+                self.tally.sizes[key] = item.size_bytes
         for key, task in list(tasks.items()):
             if task.output_uri in places:
                 taken = f"its result would take the place of {task.output_uri}, which is an input"
-                self._end(key, status="failed", reason=f"{taken}; choose another --output")
+                self.tally.end(key, status="failed", reason=f"{taken}; choose another --output")
                 del tasks[key]
         verdicts = judge(list(tasks.values()), overwrite=self.job.run.overwrite)
         for (key, task), (status, reason) in zip(tasks.items(), verdicts, strict=True):
             if status == "todo":
                 self.todo.append(task)
             else:
-                self._end(key, status=status, reason=reason, output_uri=task.output_uri)
-        counts = Counter(slide.status for slide in self.slides.values())
+                self.tally.end(key, status=status, reason=reason, output_uri=task.output_uri)
+        counts = Counter(slide.status for slide in self.tally.slides.values())
         logger.info(
             "%s slides: %s to do, %s done before, %s that cannot be done",
             *(
                 f"{number:,}"
                 for number in (
-                    len(self.slides),
+                    len(self.tally.slides),
                     len(self.todo),
                     counts["skipped"],
                     counts["failed"] + counts["conflict"],
@@ -210,43 +185,9 @@ class Night:
         logger.warning("%s is a result of this job, and left out of its input", uri)
         return True
 
-    def _set(self, name: str, **changes: Any) -> None:
-        self.slides[name] = replace(self.slides[name], **changes)
-
-    def _end(self, name: str, **changes: Any) -> None:
-        """Note what a slide has come to in this run, and say so."""
-        self._set(name, **changes)
-        self._say_slide(name)
-        self.show.end(name)
-
-    def _say_slide(self, name: str) -> None:
-        if self.job.run.dry_run:
-            return
-        slide = self.slides[name]
-        line = SlideLine.of(
-            slide,
-            time=datetime.now().astimezone().isoformat(timespec="milliseconds"),
-            run_id=self.run_id,
-            model=self.checkpoint.model_name,
-            stages=self.slide_stages.pop(name, {}),
-            bytes_in=self.sizes.get(name),
-            retries=self.retries[name],
-        )
-        self.lines[name] = line
-        slide_logger.info("%s", line)
-        meters().add("carn_sr_slides_total", status=slide.status)
-        meters().set("carn_sr_slides_left", len(self.slides) - len(self.lines))
-        if slide.status == "done":
-            meters().add("carn_sr_input_bytes_total", line.bytes_in or 0)
-            meters().add("carn_sr_output_bytes_total", line.bytes_out or 0)
-
-    def count(self, *statuses: str) -> int:
-        """How many slides ended so."""
-        return sum(slide.status in statuses for slide in self.slides.values())
-
     def forecast(self) -> str:
         """What would be done, in words; opens the slides that are to be done."""
-        lines = [f"{len(self.todo):,} slides to do, {self.count('skipped'):,} done before"]
+        lines = [f"{len(self.todo):,} slides to do, {self.tally.count('skipped'):,} done before"]
         total = 0
         if self.todo:
             start_ray()
@@ -266,7 +207,7 @@ class Night:
                     f"  {task.name}: {width:,} x {height:,} px -> {width * task.scale:,} x "
                     f"{height * task.scale:,} px"
                 )
-        for slide in self.slides.values():
+        for slide in self.tally.slides.values():
             if slide.status in ("failed", "conflict"):
                 lines.append(f"  {slide.name}: {slide.status}: {slide.reason}")
         lines.append(f"together {total / 1e6:,.1f} LR megapixels, {self._time_for(total)}")
@@ -302,7 +243,9 @@ class Night:
         Raises:
             StorageError: it cannot be written.
         """
-        storage.write_bytes(storage.join(self.output, "_state", "begun"), self.run_id.encode())
+        storage.write_bytes(
+            storage.join(self.output, "_state", "begun"), self.tally.run_id.encode()
+        )
 
     def _outlasts_outage(self) -> bool:
         """Wait for the output to be writable again; end the run in good order if it stays down.
@@ -333,7 +276,7 @@ class Night:
     def work(self) -> None:
         """Do what there is to do, wave by wave, until it is done or the deadline has come."""
         lease_s = self.job.run.lease_minutes * 60
-        with SlideClaims(self.output, owner=self.run_id, lease_s=lease_s) as claims:
+        with SlideClaims(self.output, owner=self.tally.run_id, lease_s=lease_s) as claims:
             try:
                 days = self.job.run.abandon_days
                 sweep_abandoned(self.output, claims, days=days, tasks=self.todo)
@@ -346,11 +289,10 @@ class Night:
             runner = StageRunner(progress_s=self.job.run.progress_s)
             deadline = self.job.run.deadline
             if deadline is not None:
-                self._deadline = parse_deadline(deadline, now=self.started)
+                self._deadline = parse_deadline(deadline, now=self.tally.started)
             queue = deque(self.todo)
             self.todo = []
-            sizes = {task.name: self.sizes.get(task.name, 0) for task in queue}
-            self.show = ProgressLines(sizes, every_s=self.job.run.progress_s)
+            self.tally.begin([task.name for task in queue])
             attempts: Counter[str] = Counter()
             while queue and not self._must_stop():
                 wave = self._next_wave(queue, claims, crew)
@@ -360,11 +302,11 @@ class Night:
                 for task in self._make(plans, crew, claims):
                     attempts[task.name] += 1
                     if attempts[task.name] < MAX_ROUNDS:
-                        self.retries[task.name] += 1
+                        self.tally.retries[task.name] += 1
                         queue.append(task)
                     else:
                         reason = f"{self.why_again[task.name]}, {MAX_ROUNDS} times"
-                        self._end(task.name, status="failed", reason=reason)
+                        self.tally.end(task.name, status="failed", reason=reason)
                 for task in wave:
                     try:
                         claims.release(task.name)
@@ -372,7 +314,7 @@ class Night:
                         logger.warning("%s is claimed until its lease ends: %s", task.name, error)
             why = self.stopped or f"left for later (--limit {self.job.run.limit})"
             for task in queue:
-                self._set(task.name, reason=f"not begun: {why}")
+                self.tally.set(task.name, reason=f"not begun: {why}")
 
     def _is_overdue(self) -> bool:
         """Whether the deadline is so long past that nothing is waited for any more."""
@@ -404,12 +346,12 @@ class Night:
                 if self._outlasts_outage():
                     queue.append(task)
                     continue
-                self._end(task.name, status="failed", reason=str(error))
+                self.tally.end(task.name, status="failed", reason=str(error))
                 logger.warning("%s failed: %s", task.name, error)
                 continue
             self.begun.add(task.name)
             wave.append(task)
-            size += self.sizes.get(task.name, 0)
+            size += self.tally.sizes.get(task.name, 0)
         return wave
 
     def _next_task(self, queue: deque[SlideTask]) -> SlideTask | None:
@@ -426,12 +368,12 @@ class Night:
         """Whether a slide is this run's to do."""
         if not claims.take(task.name):
             reason = f"is done by another: {claims.holder(task.name)}"
-            self._end(task.name, status="claimed", reason=reason)
+            self.tally.end(task.name, status="claimed", reason=reason)
             return False
         # It may have been finished since the run began.
         ((status, why),) = judge([task], overwrite=self.job.run.overwrite)
         if status != "todo":
-            self._end(task.name, status=status, reason=why, output_uri=task.output_uri)
+            self.tally.end(task.name, status=status, reason=why, output_uri=task.output_uri)
             claims.release(task.name)
             return False
         sweep_stale(task)
@@ -449,22 +391,24 @@ class Night:
                 break
             for row in table.to_pylist() if table is not None else ():
                 if row["reason"]:
-                    self._end(row["name"], status="failed", reason=row["reason"])
+                    self.tally.end(row["name"], status="failed", reason=row["reason"])
                     logger.warning("%s failed: %s", row["name"], row["reason"])
                 else:
                     plans[row["name"]] = SlidePlan.from_json(row["plan"])
         for task in wave:
-            if task.name in plans or self.slides[task.name].reason is not None:
+            if task.name in plans or self.tally.slides[task.name].reason is not None:
                 continue
             if self._is_overdue():
-                self._end(task.name, status="unfinished", reason="not begun: stopped (deadline)")
+                self.tally.end(
+                    task.name, status="unfinished", reason="not begun: stopped (deadline)"
+                )
             else:
-                self._end(task.name, status="failed", reason=LOST)
+                self.tally.end(task.name, status="failed", reason=LOST)
         found = [plans[task.name] for task in wave if task.name in plans]
         if len(found) < len(wave) and not self._is_overdue():
             self._outlasts_outage()
         for plan in found:
-            self._set(
+            self.tally.set(
                 plan.task.name,
                 lr_extent=plan.lr_extent,
                 mpp_in=plan.mpp,
@@ -486,7 +430,7 @@ class Night:
         started = time.monotonic()
         for slide, plan in enumerate(plans):
             num_left = len(wave.left[slide])
-            self.show.begin(plan.task.name, num_blocks=plan.num_blocks, num_left=num_left)
+            self.tally.show.begin(plan.task.name, num_blocks=plan.num_blocks, num_left=num_left)
         for slide in range(len(plans)):
             if not wave.left[slide]:
                 self._begin_finishing(wave, slide)
@@ -509,10 +453,7 @@ class Night:
             wave.board.stop.remote()  # whoever is at work need not begin another block
             raise
         finally:
-            seconds = time.monotonic() - started
-            self.working_seconds += seconds
-            self.actor_seconds += seconds * len(wave.actors)
-            self.num_actors = max(self.num_actors, len(wave.actors))
+            self.tally.wave(time.monotonic() - started, num_actors=len(wave.actors))
         self._leave(wave)
         return wave.stale
 
@@ -520,15 +461,15 @@ class Night:
         """Note what is left undone of a wave."""
         for slide in wave.finishing.drop():
             reason = "stopped (deadline) while it was finished; the next run does that again"
-            self._end(wave.plans[slide].task.name, status="unfinished", reason=reason)
+            self.tally.end(wave.plans[slide].task.name, status="unfinished", reason=reason)
         for slide, plan in enumerate(wave.plans):
             if wave.left[slide] and slide not in wave.failed:
                 status: Status = "unfinished" if self.stopped else "failed"
                 reason = f"stopped ({self.stopped})" if self.stopped else LOST
                 kept = plan.num_blocks - len(wave.left[slide])
                 reason += f"; {kept} of {plan.num_blocks} blocks are kept, and the next run goes "
-                self.retries[plan.task.name] += wave.retries(slide)
-                self._end(plan.task.name, status=status, reason=reason + "on from there")
+                self.tally.retries[plan.task.name] += wave.retries(slide)
+                self.tally.end(plan.task.name, status=status, reason=reason + "on from there")
 
     def _take(self, wave: "_Wave", slide: int, block: int, facts: dict[str, Any]) -> None:
         """What became of a block."""
@@ -546,29 +487,16 @@ class Night:
                 if facts.get("is_storage") and self._outlasts_outage():
                     self._again(wave, plan, facts["reason"])
                     return
-                self.retries[plan.task.name] += wave.retries(slide)
-                self._end(plan.task.name, status="failed", reason=facts["reason"])
+                self.tally.retries[plan.task.name] += wave.retries(slide)
+                self.tally.end(plan.task.name, status="failed", reason=facts["reason"])
                 logger.warning("%s failed: %s", plan.task.name, facts["reason"])
             return
         wave.actors.add(facts.get("actor", ""))
         left = wave.left[slide]
         left.discard(block)
         began = facts.get("began", time.time())
-        self.first_began = min(self.first_began or began, began)
         wave.begun.setdefault(plan.task.name, time.monotonic() - max(0.0, time.time() - began))
-        spent = {stage: facts.get(stage, 0.0) for stage in STAGES}
-        self.slide_stages.setdefault(plan.task.name, Counter()).update(spent)
-        for stage, stage_s in spent.items():
-            self.stages[stage] += stage_s
-        self.num_lr_px += facts["num_lr_px"]
-        seconds = (datetime.now().astimezone() - self.started).total_seconds()
-        self.made.append((seconds, facts["num_lr_px"]))
-        self.show.block(
-            plan.task.name,
-            num_left=len(left),
-            num_blocks=plan.num_blocks,
-            num_lr_px=facts["num_lr_px"],
-        )
+        self.tally.block(plan.task.name, facts, num_left=len(left), num_blocks=plan.num_blocks)
         if not left and slide not in wave.failed:
             self._begin_finishing(wave, slide)
 
@@ -581,7 +509,7 @@ class Night:
         plan = wave.plans[slide]
         if not wave.claims.holds(plan.task.name):
             reason = "another run took it over, for this one did not renew its claim"
-            self._end(plan.task.name, status="claimed", reason=reason)
+            self.tally.end(plan.task.name, status="claimed", reason=reason)
             return
         has_pictures = self.num_shown < self.job.run.num_pictures
         self.num_shown += has_pictures
@@ -595,18 +523,17 @@ class Night:
             is_final = self._finished(wave, plan, outcome)
             if plan.task.name in wave.begun:
                 seconds = time.monotonic() - wave.begun[plan.task.name]
-                self._set(plan.task.name, seconds=seconds)
-            self.retries[plan.task.name] += wave.retries(slide)
+                self.tally.set(plan.task.name, seconds=seconds)
+            self.tally.retries[plan.task.name] += wave.retries(slide)
             if is_final:
-                self._say_slide(plan.task.name)
-                self.show.end(plan.task.name)
+                self.tally.end(plan.task.name)
 
     def _finished(self, wave: "_Wave", plan: SlidePlan, outcome: dict[str, Any]) -> bool:
         """Note what became of a slide; whether that is final, or it has to be done again."""
         name = plan.task.name
         if "summary" in outcome:
-            self.slides[name] = SlideSummary.from_json(outcome["summary"])
-            self.pictures.update(outcome["pictures"])
+            self.tally.slides[name] = SlideSummary.from_json(outcome["summary"])
+            self.tally.pictures.update(outcome["pictures"])
             logger.info("%s is finished: %s", name, plan.task.output_uri)
             return True
         if "stale" in outcome:
@@ -616,73 +543,9 @@ class Night:
         if outcome.get("is_storage") and self._outlasts_outage():
             self._again(wave, plan, outcome["reason"])
             return False
-        self._set(name, status="failed", reason=outcome["reason"])
+        self.tally.set(name, status="failed", reason=outcome["reason"])
         logger.warning("%s failed: %s", name, outcome["reason"])
         return True
-
-    # ------------------------------------------------------------------------------ the end
-
-    def conclude(self) -> str:
-        """Write the run's summary and report; returns what to say of it."""
-        for name in [name for name in self.slides if name not in self.lines]:
-            self._say_slide(name)  # it was stopped before this one
-        summary = RunSummary(
-            run_id=self.run_id,
-            started=self.started.isoformat(timespec="seconds"),
-            ended=datetime.now().astimezone().isoformat(timespec="seconds"),
-            checkpoint=self.checkpoint.uri,
-            checkpoint_hash=checkpoint_hash(self.checkpoint),
-            model=self.checkpoint.model_name,
-            scale=self.checkpoint.scale,
-            output=self.output,
-            code_version=code_version(),
-            is_stopped=self.stopped,
-            num_listed=len(self.slides),
-            slides=tuple(self.slides.values()),
-            stages=self.stages,
-            busy_share=self.stages["infer_s"] / self.actor_seconds if self.num_lr_px else None,
-            num_actors=self.num_actors,
-            lr_mpx_per_s=self.num_lr_px / 1e6 / self.working_seconds if self.num_lr_px else None,
-            config=self.job.settings(),
-            pace=_pace(self.made),
-        )
-        try:
-            lines_uri = storage.join(self.output, RUNS, self.run_id, SLIDE_LINES)
-            text = "".join(f"{line.to_json()}\n" for line in self.lines.values())
-            storage.write_bytes(lines_uri, text.encode())
-            report = write_run(self.output, summary, self.pictures)
-        except (StorageError, ValueError) as error:
-            # A full disk, a store that is down, a name that no file may have: what is known is said
-            self.is_reported = False
-            report = f"could not be written: {error}"
-        lines = [
-            f"{self.count('done'):,} slides super-resolved, {self.count('skipped'):,} done before, "
-            f"{self.count('failed', 'conflict'):,} failed, "
-            f"{self.count('unfinished', 'claimed'):,} left"
-            + (f" (stopped: {self.stopped})" if self.stopped else ""),
-            f"  output   {self.output}",
-            f"  report   {report}",
-        ]
-        bad = [slide for slide in self.slides.values() if slide.status in ("failed", "conflict")]
-        lines += [f"  failed   {slide.name}: {slide.reason}" for slide in bad[:5]]
-        if len(bad) > 5:
-            lines.append(f"           and {len(bad) - 5:,} more, in {report}")
-        if self.count("unfinished"):
-            lines.append("  the same command goes on from here")
-        return "\n".join(lines)
-
-
-def _pace(made: Sequence[tuple[float, int]]) -> Pace | None:
-    """Throughput over the run, in PACE_STEPS stretches of it; of (seconds, LR px) of each block."""
-    if len(made) < 2 * PACE_STEPS:
-        return None
-    edges = np.linspace(0, made[-1][0], PACE_STEPS + 1)
-    seconds, px = zip(*made, strict=True)
-    sums, _ = np.histogram(seconds, bins=edges, weights=px)
-    return Pace(
-        seconds=tuple(((edges[:-1] + edges[1:]) / 2).tolist()),
-        lr_mpx_per_s=tuple((sums / 1e6 / np.diff(edges)).tolist()),
-    )
 
 
 class _Wave:

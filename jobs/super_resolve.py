@@ -38,7 +38,8 @@ from carn.errors import CarnError
 from carn.log_lines import start_logging
 from carn.upscaling.inputs import find_inputs
 from jobs.sr_config import SuperResolveJob
-from jobs.sr_night import Night, check_checkpoint, slide_logger
+from jobs.sr_night import Night, check_checkpoint
+from jobs.sr_tally import slide_logger
 
 logger = logging.getLogger("super_resolve")
 
@@ -67,11 +68,11 @@ def main(job: SuperResolveJob) -> int:
         logger.error("the run ends early: %s", error, exc_info=not isinstance(error, CarnError))
         night.stopped = str(error) if isinstance(error, CarnError) else repr(error)
         night.is_broken = True
-    print(night.conclude(), flush=True)
+    print(night.tally.conclude(night.stopped), flush=True)
     if night.stopped == "interrupted":
         return 130
-    is_bad = bool(night.count("failed", "conflict")) and job.run.on_bad_slide == "fail"
-    return 1 if is_bad or night.is_broken or not night.is_reported else 0
+    is_bad = bool(night.tally.count("failed", "conflict")) and job.run.on_bad_slide == "fail"
+    return 1 if is_bad or night.is_broken or not night.tally.is_reported else 0
 
 
 def _begin_log(form: Literal["text", "json"]) -> None:

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from jobs.build_bcsr import main
+from tests.jobs.cluster_lab import Cluster
 from tests.jobs.lab import draw_slide, make_job
 
 # Loopback only: without this, tests would write a token file into the user's home.
@@ -92,3 +94,27 @@ def built(slides: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None
     output = tmp_path_factory.mktemp("built") / "bcsr"
     assert main(make_job(slides, output)) == 0
     return output
+
+
+@pytest.fixture
+def clusters(tmp_path: Path) -> Iterator[list[Cluster]]:
+    started: list[Cluster] = []
+    yield started
+    for cluster in started:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No process of a job or a cluster outlives these tests."""
+    yield
+    mine = str(tmp_path_factory.getbasetemp())
+    left = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid != psutil.Process().pid
+        and any(mine in part for part in process.info["cmdline"] or [])
+    ]
+    for process in left:
+        process.kill()
+    assert not left

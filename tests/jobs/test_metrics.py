@@ -25,8 +25,8 @@ from carn.report.sr_records import (
 from jobs import metrics, super_resolve
 from jobs.build_bcsr import _counted
 from jobs.metrics import METRICS, Meters, TrainingMeters, meters, watch_s3
-from jobs.sr_night import slide_logger
 from jobs.sr_pipeline import Board, _Clock, _count
+from jobs.sr_tally import slide_logger
 from jobs.super_resolve import JsonLines, _begin_log
 from tests.conftest import Bucket
 from tests.jobs.sr_lab import draw_inbox, last_summary, make_sr_job, write_model

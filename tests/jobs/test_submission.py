@@ -1,9 +1,9 @@
 """The job under `ray job submit`, on a head of its own, as a cluster runs it."""
 
 import os
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,21 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from carn.bcsr.dataset import open_dataset
+from tests.classification.lab import CROP_PX, write_labelled
+from tests.jobs.cluster_lab import free_ports
 from tests.jobs.lab import ROOT, content_of
+from tests.jobs.sr_lab import draw_inbox, write_model
+from tests.jobs.train_lab import TINY, write_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +31,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
     # As in an activated virtual environment: `python` of the entry point is looked up at the head.
+    # As in cluster.yaml: Ray kills a job 3 s after it was to stop.
+    environment["RAY_JOB_STOP_WAIT_TIME_S"] = "120"
     environment["PATH"] = f"{Path(RAY).parent}{os.pathsep}{environment['PATH']}"
     started = subprocess.run(
         [
@@ -63,11 +59,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             process.kill()
 
 
-def submit(head: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    head: dict[str, str],
+    *arguments: object,
+    job: str = "build_bcsr.py",
+    options: tuple[str, ...] = (),
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
-            *(RAY, "job", "submit", "--working-dir", ".", "--"),
-            *("python", "jobs/build_bcsr.py", *arguments),
+            *(RAY, "job", "submit", "--working-dir", ".", *options, "--"),
+            *("python", f"jobs/{job}", *map(str, arguments)),
         ],
         cwd=ROOT,
         env=head,
@@ -105,3 +106,92 @@ def test_submitted_job_builds_the_dataset(
     assert "Case_000" in failing.stdout + failing.stderr
     assert pq.read_table(tmp_path / "failing" / "failures.parquet").num_rows == 1
     assert content_of(tmp_path / "failing")["manifest.json"]
+
+
+@pytest.mark.slow
+def test_every_job_is_submitted(head: dict[str, str], tmp_path: Path) -> None:
+    """Each job from a laptop: what it leaves, what it says on the way, its exit status."""
+    bcsr = write_dataset(tmp_path / "bcsr", num_tiles=(8, 3, 4))
+    (tmp_path / "space.yaml").write_text(
+        "settings: {steps: 8, validate_every: 4, validation_crop_px: 32}\n"
+        "search: {reduction: [2, 8]}\n"
+    )
+    labelled = write_labelled(tmp_path / "labelled")
+    draw_inbox(tmp_path / "inbox", num_slides=1)
+    run = tmp_path / "run"
+    searched = without(TINY, "--reduction", "--seed", "--log-every")
+    pictures = ("--crop-px", CROP_PX, "--depth", 18, "--batch-size", 8, "--cpus-per-worker", 1)
+    scored = ("--device", "cpu", "--no-timing", "--crops", 0)
+    blocks = ("--block-px", 256, "--tile-px", 64, "--num-threads", 1)
+    jobs: dict[str, tuple[tuple[object, ...], str, str]] = {
+        "train.py": (("--dataset", bcsr, *TINY, "--steps", 8), "best.json", "update 8 of 8"),
+        "tune.py": (
+            ("--space", tmp_path / "space.yaml", "--dataset", bcsr, *searched),
+            "best.yaml",
+            "2 trials done",
+        ),
+        "super_resolve.py": (
+            ("--slides", tmp_path / "inbox", "--checkpoint", run, "--device", "cpu", *blocks),
+            "Case_1.tif",
+            "6 of 6 blocks",
+        ),
+        "evaluate.py": (("--dataset", bcsr, "--runs", run, *scored), "table2.csv", "x2 bicubic"),
+        "classify.py": (
+            ("--dataset", labelled, "--models", run, "--epochs", 1, "--device", "cpu", *pictures),
+            "table.csv",
+            "accuracy",
+        ),
+    }
+    for job, (arguments, left, said) in jobs.items():
+        output = run if job == "train.py" else tmp_path / job
+        done = submit(head, *arguments, "--output", output, job=job)
+        text = done.stdout + done.stderr
+        assert done.returncode == 0, text
+        assert (output / left).exists(), text
+        assert said in text
+        # What cannot begin ends with another status than 0, and says why.
+        refused = submit(head, *arguments, job=job)
+        assert refused.returncode == 1
+        assert "--output" in refused.stdout + refused.stderr
+
+
+@pytest.mark.slow
+def test_a_stopped_job_ends_in_good_order_and_goes_on(head: dict[str, str], tmp_path: Path) -> None:
+    draw_inbox(tmp_path / "inbox", num_slides=3, width=900, height=700)
+    write_model(str(tmp_path / "model"))
+    output = tmp_path / "sr"
+    arguments = [
+        *("--slides", tmp_path / "inbox", "--checkpoint", tmp_path / "model", "--output", output),
+        *("--block-px", 256, "--tile-px", 64, "--device", "cpu", "--num-threads", 1),
+        *("--max-actors", 1),
+    ]
+    options = ("--submission-id", "night-1", "--no-wait")
+    assert submit(head, *arguments, job="super_resolve.py", options=options).returncode == 0
+    deadline = time.monotonic() + 200
+    while not list(output.glob("_work/*/*/blocks/*.npz")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+    def ask(*words: str) -> str:
+        asked = subprocess.run(
+            [RAY, "job", *words, "night-1"], env=head, capture_output=True, text=True, check=False
+        )
+        return asked.stdout + asked.stderr
+
+    ask("stop")
+    while "STOPPED" not in (status := ask("status")).upper():
+        assert time.monotonic() < deadline, status
+        time.sleep(0.5)
+    log = ask("logs")
+    assert "stopped: interrupted" in log, log
+    # It gave its claims back: the next run need not wait for their lease.
+    again = submit(head, *arguments, job="super_resolve.py")
+    said = again.stdout + again.stderr
+    assert again.returncode == 0, said
+    assert "0 left" in said
+    assert len(list(output.glob("Case_*.tif"))) == 3
+
+
+def without(options: tuple[str, ...], *names: str) -> tuple[str, ...]:
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return tuple(part for pair in pairs if pair[0] not in names for part in pair)

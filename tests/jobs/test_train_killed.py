@@ -1,12 +1,8 @@
 """Training goes on through lost workers, drivers and nodes, and ends where it would have ended."""
 
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,8 +18,8 @@ from carn.training.config import (
 )
 from carn.training.engine import EngineConfig
 from carn.training.loop import train
+from tests.jobs.cluster_lab import Cluster
 from tests.jobs.lab import ROOT
-from tests.jobs.test_submission import free_ports
 from tests.jobs.train_lab import (
     TINY,
     environment_of,
@@ -40,7 +36,12 @@ from tests.jobs.train_lab import (
     write_dataset,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.usefixtures("nothing_is_left"),
+]
 
 STEPS = 400
 EVERY = 40
@@ -157,92 +158,6 @@ def test_a_killed_driver_and_the_same_command_again(
 # -------------------------------------------------------------------------------- on a cluster
 
 
-class Cluster:
-    """A Ray cluster on loopback addresses, a `ray start --block` per node."""
-
-    def __init__(self, folder: Path, *, num_cpus: int) -> None:
-        """Start the head."""
-        self._folder = folder
-        self._nodes: list[subprocess.Popen[bytes]] = []
-        gcs, dashboard, client = free_ports(3)
-        self._gcs = f"127.0.0.1:{gcs}"
-        # Sockets lie below it, and their paths must stay short.
-        self._temp_dir = Path(tempfile.gettempdir()) / f"carn-{gcs}"
-        self.environment = {
-            "RAY_ADDRESS": self._gcs,
-            "PYTHONPATH": str(ROOT),
-            # `python` of an entry point is looked up at the head.
-            "PATH": f"{Path(sys.executable).parent}:{environment_of()['PATH']}",
-        }
-        self.dashboard = {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-        self._start(
-            *("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--num-cpus={num_cpus}"),
-            *("--include-dashboard=true", f"--dashboard-port={dashboard}"),
-            *(f"--ray-client-server-port={client}", f"--temp-dir={self._temp_dir}"),
-        )
-        self._wait_for_nodes()
-
-    def add_node(self, *, num_cpus: int) -> subprocess.Popen[bytes]:
-        """Start another node, and wait until it is there."""
-        address = f"127.0.0.{len(self._nodes) + 1}"
-        node = self._start(
-            *(f"--address={self._gcs}", f"--node-ip-address={address}", f"--num-cpus={num_cpus}")
-        )
-        self._wait_for_nodes()
-        return node
-
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        (agent,) = free_ports(1)
-        with (self._folder / f"node-{len(self._nodes)}.log").open("wb") as log:
-            node = subprocess.Popen(
-                [
-                    *(str(Path(sys.executable).with_name("ray")), "start", "--block", *arguments),
-                    *(f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"),
-                    # Any free ones: several nodes share this machine.
-                    *("--min-worker-port=0", "--max-worker-port=0"),
-                ],
-                env=environment_of(self.environment),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self._nodes.append(node)
-        return node
-
-    def _wait_for_nodes(self) -> None:
-        from ray._raylet import GcsClient
-
-        deadline = time.monotonic() + 60
-        while True:
-            assert all(node.poll() is None for node in self._nodes), self._logs()
-            try:
-                nodes = GcsClient(address=self._gcs).get_all_node_info(timeout=5).values()
-                if sum(node.state == 0 for node in nodes) == len(self._nodes):
-                    return
-            except Exception as error:  # not there yet
-                last: object = error
-            else:
-                last = nodes
-            assert time.monotonic() < deadline, f"{last}\n{self._logs()}"
-            time.sleep(0.5)
-
-    def _logs(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self._folder.glob("node-*.log")))
-
-    def stop(self) -> None:
-        """Kill what is left of it; `ray stop` would end other clusters of this machine, too."""
-        for node in reversed(self._nodes):
-            kill_tree(node)
-        shutil.rmtree(self._temp_dir, ignore_errors=True)
-
-
-@pytest.fixture
-def clusters(tmp_path: Path) -> Iterator[list[Cluster]]:
-    started: list[Cluster] = []
-    yield started
-    for cluster in started:
-        cluster.stop()
-
-
 @pytest.mark.parametrize("workers", [ONE, TWO], ids=["one worker", "two workers"])
 def test_a_killed_node(
     dataset: str,
@@ -302,19 +217,3 @@ def test_a_submitted_job(
     refused = submit()
     assert refused.returncode == 1
     assert "--output" in refused.stdout + refused.stderr
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No process of a job or a cluster outlives these tests."""
-    yield
-    mine = str(tmp_path_factory.getbasetemp())
-    left = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if process.pid != psutil.Process().pid
-        and any(mine in part for part in process.info["cmdline"] or [])
-    ]
-    for process in left:
-        process.kill()
-    assert not left
