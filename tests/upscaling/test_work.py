@@ -10,6 +10,7 @@ import torch
 from PIL import ImageCms
 
 from carn import storage
+from carn.errors import SlideError
 from carn.models import build_model
 from carn.models.carn import CarnConfig
 from carn.models.checkpoint import checkpoint_hash, read_checkpoint, write_checkpoint
@@ -30,8 +31,8 @@ LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 READERS = {"tiled-jpeg": "jpeg", "openslide": "deflate"}
 
 
-def upscaled(path: Path, folder: Path, *, scale: int) -> tuple[Path, SlideSummary, set[str]]:
-    """The finished slide, what became of it, and the kinds of its pictures."""
+def task_of(path: Path, folder: Path, *, scale: int = 2) -> SlideTask:
+    """A slide to be made by a small network, which is written for it."""
     torch.manual_seed(0)
     config = CarnConfig(num_blocks=1, channels=8, reduction=4)
     model = build_model("carn", scale=scale, config=config)
@@ -40,7 +41,7 @@ def upscaled(path: Path, folder: Path, *, scale: int) -> tuple[Path, SlideSummar
         uri, model=model, model_name="carn", training=None, step=0, dataset=None, metrics={}
     )
     checkpoint = read_checkpoint(uri)
-    task = SlideTask(
+    return SlideTask(
         name="case/One",
         uri=str(path),
         identity=storage.identity(str(path)),
@@ -58,6 +59,11 @@ def upscaled(path: Path, folder: Path, *, scale: int) -> tuple[Path, SlideSummar
         block_px=256,
         code_version="1",
     )
+
+
+def upscaled(path: Path, folder: Path, *, scale: int) -> tuple[Path, SlideSummary, set[str]]:
+    """The finished slide, what became of it, and the kinds of its pictures."""
+    task = task_of(path, folder, scale=scale)
     plan = inspect(task)
     maker = BlockMaker(EngineConfig(device="cpu", precision="fp32"), num_writers=1)
     maker.calibrate(plan)
@@ -106,3 +112,17 @@ def test_a_slide_at_x3_is_finished_with_its_pictures(
     _, summary, pictures = upscaled(path, tmp_path, scale=3)
     assert summary.status == "done"
     assert "crop" in pictures
+
+
+def test_an_input_that_is_replaced_meanwhile_is_noticed(
+    write_slide: WriteSlide, tmp_path: Path
+) -> None:
+    path = write_slide(extent=(150, 90), tile_px=64, num_levels=1)
+    task = task_of(path, tmp_path)
+    plan = inspect(task)
+    write_slide(extent=(150, 90), tile_px=64, num_levels=1, seed=5)
+    maker = BlockMaker(EngineConfig(device="cpu", precision="fp32"), num_writers=1)
+    with pytest.raises(SlideError, match="was replaced while it was worked on"):
+        maker.read(plan, 0)
+    with pytest.raises(SlideError, match="was replaced while it was worked on"):
+        inspect(task)
