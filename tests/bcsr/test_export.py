@@ -33,7 +33,11 @@ def dataset(tmp_path: Path) -> tuple[str, list[dict[str, Any]], list[np.ndarray]
     uri, shards, tiles = str(tmp_path / "bcsr"), [], []
     for name, sizes in SIZES.items():
         pixels = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-        rows = [dict.fromkeys(TILES.names) | {"encoding": "jxl", "tile_id": name} for _ in pixels]
+        known = {"encoding": "jxl", "tile_id": name}
+        rows = [
+            dict.fromkeys(TILES.names) | known | {"height_px": height, "width_px": width}
+            for height, width in sizes
+        ]
         content = shard_bytes(rows, [encode(tile, "jxl") for tile in pixels])
         path = Path(shard_uri(uri, f"{name}.parquet"))
         path.parent.mkdir(parents=True, exist_ok=True)
