@@ -45,7 +45,7 @@ from carn.errors import (
     StorageError,
 )
 from carn.log_lines import start_logging
-from carn.training.engine import KEEPING_ENVIRONMENT
+from carn.processor import KEEPING_ENVIRONMENT
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.train_worker import Monitor, NodeAddressTorchConfig
 from jobs.trainer import cause_of, fit_showing

@@ -60,9 +60,9 @@ from carn.evaluation.study import (
 )
 from carn.evaluation.timing import Timing
 from carn.log_lines import start_logging
+from carn.processor import KEEPING_ENVIRONMENT, keep_freed_memory
 from carn.report.evaluation_summary import Scored, group_seeds, write_evaluation
 from carn.report.page import plural
-from carn.training.engine import KEEPING_ENVIRONMENT, keep_freed_memory
 from carn.training.tiles import dataset_digest
 from carn.version import code_version
 from jobs.ray_stage import ClusterError, progress, start_ray

@@ -23,7 +23,7 @@ import ray
 import ray.data
 
 from carn.errors import CarnError, StorageError, UploadGoneError
-from carn.training.engine import KEEPING_ENVIRONMENT
+from carn.processor import KEEPING_ENVIRONMENT
 from carn.upscaling.blocks import LrBlock
 from carn.upscaling.engine import EngineConfig
 from carn.upscaling.task import SlidePlan

@@ -25,8 +25,9 @@ from carn.errors import (
     MissingObjectError,
     StorageError,
 )
+from carn.processor import KEEPING_ENVIRONMENT
 from carn.training.config import TrainConfig
-from carn.training.engine import KEEPING_ENVIRONMENT, EngineConfig
+from carn.training.engine import EngineConfig
 from carn.training.loop import train
 from jobs.metrics import TrainingMeters
 

@@ -27,7 +27,8 @@ from carn.classification.loop import Event, check_batch, train_classifier
 from carn.classification.pcam import open_pcam
 from carn.classification.prediction import predict_kind, read_predictions
 from carn.errors import DatasetError, MissingObjectError, RunError
-from carn.training.engine import choose_device, keep_freed_memory
+from carn.processor import keep_freed_memory
+from carn.training.engine import choose_device
 from carn.training.group import WorkerGroup
 from carn.version import code_version
 

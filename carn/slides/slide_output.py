@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,10 @@ CONCURRENCY = 16
 
 # In a work folder: the OutputSpec, as JSON; there before all else of the output, and after it.
 SPEC = "output.json"
+# Numpy has Python parse an array's header, and Python 3.11 and 3.12 count the depth of parsers that
+# run in several threads together: now and then it is off, which is a SystemError.
+# Source: https://github.com/python/cpython/issues/106905
+_PARSING = threading.Lock()
 _RECORD = re.compile(r"(\d{6})\.npz")
 _FACT = "fact."
 T = TypeVar("T")
@@ -244,7 +249,7 @@ def pack_record(arrays: Mapping[str, Any], *, facts: Mapping[str, Any]) -> bytes
 
 def unpack_record(index: int, content: bytes, *, without: tuple[str, ...] = ()) -> Record:
     """What `pack_record` packed; members named in `without` are not decompressed."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as members:
+    with _PARSING, np.load(io.BytesIO(content), allow_pickle=False) as members:
         found = {name: members[name] for name in members.files if name not in without}
     facts = {
         name.removeprefix(_FACT): value.item() if value.ndim == 0 else value

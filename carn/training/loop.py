@@ -18,9 +18,10 @@ from carn import storage
 from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.errors import CheckpointError, DivergedError, RunError
 from carn.models.table import build_model
+from carn.processor import has_bf16
 from carn.training.config import TrainConfig, learning_rate, resolve
 from carn.training.data import TrainingData, open_training_data
-from carn.training.engine import EngineConfig, choose_device, has_bf16, prepare, set_up
+from carn.training.engine import EngineConfig, choose_device, prepare, set_up
 from carn.training.group import WorkerGroup
 from carn.training.loss_log import LossLog
 from carn.training.players import (

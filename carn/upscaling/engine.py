@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from carn.errors import CarnError
 from carn.models.table import MODELS
+from carn.processor import has_bf16, keep_freed_memory
 from carn.slides.slide import Rgb
-from carn.training.engine import has_bf16, keep_freed_memory
 from carn.upscaling.folding import can_fold, fold, refold
 from carn.upscaling.pooling import Pooling, check_pooling, frozen, has_pooling
 from carn.upscaling.precision import Precision, choose_precision, to_bf16

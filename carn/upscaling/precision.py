@@ -18,7 +18,7 @@ from carn.models.edsr import ResidualBlock as EdsrBlock
 from carn.models.rcan import Rcan
 from carn.models.rdn import Rdb, Rdn
 from carn.models.swdnet import SwdNet
-from carn.training.engine import has_bf16
+from carn.processor import has_bf16
 from carn.upscaling.folding import Skip
 
 Precision = Literal["fp32", "bf16"]

@@ -390,7 +390,7 @@ def exported(wanted: Mapping[str, str]) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("ray-slides")
 def test_a_run_tells_of_every_slide_and_ray_exports_what_it_counts(
     tmp_path: Path, ray_here: None
 ) -> None:
@@ -441,7 +441,7 @@ def test_a_run_tells_of_every_slide_and_ray_exports_what_it_counts(
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("ray-slides")
 def test_slides_that_were_not_begun_are_told_of(tmp_path: Path, ray_here: None) -> None:
     draw_inbox(tmp_path / "inbox")
     write_model(str(tmp_path / "model"))

@@ -25,7 +25,7 @@ from tests.jobs.train_lab import TINY, environment_of, kill_tree, write_dataset
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
+    pytest.mark.xdist_group("ray-slides"),
     pytest.mark.usefixtures("nothing_is_left"),
 ]
 

@@ -32,7 +32,7 @@ from tests.conftest import Bucket
 from tests.jobs.lab import draw_slide
 from tests.jobs.sr_lab import draw_inbox, last_summary, make_sr_job, write_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray-slides")]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from tests.jobs.lab import ROOT, draw_slide
 from tests.jobs.sr_faults import Fault
 from tests.jobs.sr_lab import write_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray-slides")]
 
 # Large enough, without loss, that most blocks are parts of their own on a real object store.
 BLOCKS = {"Case_1": 4, "Case_2": 6}

@@ -195,10 +195,10 @@ def load_and_count(uri: str, barrier: Any, queue: Any) -> None:
     count = 0
     original = dataset_module.decode
 
-    def decode(content: bytes, encoding: str) -> Any:
+    def decode(content: bytes, encoding: str, *, extent: tuple[int, int]) -> Any:
         nonlocal count
         count += 1
-        return original(content, encoding)
+        return original(content, encoding, extent=extent)
 
     dataset_module.decode = decode
     dataset = dataset_module.open_dataset(uri)

@@ -11,11 +11,11 @@ from torch import nn
 
 from carn.errors import RunError
 from carn.models.checkpoint import load_model
+from carn.processor import keep_freed_memory
 from carn.training import engine as engine_module
 from carn.training.engine import (
     EngineConfig,
     choose_device,
-    keep_freed_memory,
     prepare,
     set_up,
 )

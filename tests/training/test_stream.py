@@ -138,9 +138,9 @@ def test_a_window_reads_its_own_part_of_a_shard_alone(
     decoded: list[str] = []
     original = dataset_module.decode
 
-    def decode(content: bytes, encoding: str) -> Any:
+    def decode(content: bytes, encoding: str, *, extent: tuple[int, int]) -> Any:
         decoded.append(encoding)
-        return original(content, encoding)
+        return original(content, encoding, extent=extent)
 
     monkeypatch.setattr(dataset_module, "decode", decode)
     window = sampler.window(0, 0)

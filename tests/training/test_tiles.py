@@ -42,9 +42,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     original = dataset_module.decode
 
-    def decode(content: bytes, encoding: str) -> Any:
+    def decode(content: bytes, encoding: str, *, extent: tuple[int, int]) -> Any:
         found.append(encoding)
-        return original(content, encoding)
+        return original(content, encoding, extent=extent)
 
     monkeypatch.setattr(dataset_module, "decode", decode)
     return found
