@@ -48,7 +48,7 @@ test-all: $(STAMP)  ## all tests, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
 
 test-faults: $(STAMP)  ## the tests of killed workers, drivers and nodes, of storage that fails, of submission; an hour
-	$(BIN)/python -m pytest -p no:xdist tests/jobs tests/upscaling tests/test_uploads.py tests/test_claims.py -m "slow and not gpu"
+	$(BIN)/python -m pytest tests/jobs tests/upscaling tests/test_uploads.py tests/test_claims.py -m "slow and not gpu"
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
