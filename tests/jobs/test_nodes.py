@@ -128,7 +128,7 @@ def test_a_node_lost_while_a_dataset_is_built(
     [
         ("_work/*/*/cells.npz", "ray::"),
         ("_work/*/*/blocks/*.npz", "Upscaler"),
-        ("_work/*/*/blocks/000011.npz", "ray::"),
+        ("_work/*/*/blocks/000014.npz", "ray::"),
     ],
     ids=["when it is inspected", "among its blocks", "at its last block"],
 )
