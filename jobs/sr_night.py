@@ -47,6 +47,8 @@ MAX_ROUNDS = 3
 GRACE_S = 900.0
 # Seconds between two looks at storage that is down, each of which tries for some seconds itself.
 PROBE_S = 5.0
+# Seconds after an outage for which failures over storage are taken for its doing.
+ECHO_S = 120.0
 # Seconds to wait for the board's answer; it may be lost with its node.
 BOARD_S = 10.0
 LOST = "blocks were lost: their workers died, or Ray gave them up; see its logs"
@@ -124,6 +126,8 @@ class Night:
         self.crew: Crew | None = None
         self._finishing: Finishing | None = None
         self._deadline: datetime | None = None
+        # When storage came back from an outage, on the monotonic clock.
+        self._back_since: float | None = None
 
     # ------------------------------------------------------------------------------ beforehand
 
@@ -254,7 +258,8 @@ class Night:
         fail the same way, each after minutes of trying.
 
         Returns:
-            Whether it was down and is back: what failed meanwhile is worth another attempt.
+            Whether it was down and is back, now or lately: what failed meanwhile is worth another
+            attempt.
         """
         began, was_down = time.monotonic(), False
         while True:
@@ -271,7 +276,11 @@ class Night:
                 was_down = True
                 time.sleep(PROBE_S)
             else:
-                return was_down
+                now = time.monotonic()
+                if was_down:
+                    self._back_since = now
+                # Others that failed in the same outage are heard of after it.
+                return self._back_since is not None and now - self._back_since < ECHO_S
 
     def work(self) -> None:
         """Do what there is to do, wave by wave, until it is done or the deadline has come."""
