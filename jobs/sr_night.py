@@ -307,8 +307,8 @@ class Night:
                 wave = self._next_wave(queue, claims, crew)
                 if not wave and self._is_at_limit():
                     break
-                plans = self._inspect(wave, runner)
-                for task in self._make(plans, crew, claims):
+                plans, again = self._inspect(wave, runner)
+                for task in (*again, *self._make(plans, crew, claims)):
                     attempts[task.name] += 1
                     if attempts[task.name] < MAX_ROUNDS:
                         self.tally.retries[task.name] += 1
@@ -330,7 +330,10 @@ class Night:
         if self._deadline is None or self.stopped not in (None, "deadline"):
             return False
         late = datetime.now().astimezone() - self._deadline
-        return late.total_seconds() > GRACE_S
+        if late.total_seconds() <= GRACE_S:
+            return False
+        self.stopped = "deadline"
+        return True
 
     def _must_stop(self) -> bool:
         if self._deadline is not None and datetime.now().astimezone() >= self._deadline:
@@ -392,20 +395,27 @@ class Night:
         limit = self.job.run.limit
         return limit is not None and len(self.begun) >= limit
 
-    def _inspect(self, wave: Sequence[SlideTask], runner: StageRunner) -> list[SlidePlan]:
+    def _inspect(
+        self, wave: Sequence[SlideTask], runner: StageRunner
+    ) -> tuple[list[SlidePlan], list[SlideTask]]:
+        """The plans of a wave's slides, and the slides to be looked at again after an outage."""
         units = [{"task": task.to_json(), "is_forecast": False} for task in wave]
         plans: dict[str, SlidePlan] = {}
+        down: set[str] = set()
         for table in in_thread(runner.run("inspecting", inspect_unit, units)):
             if self._is_overdue():
                 break
             for row in table.to_pylist() if table is not None else ():
-                if row["reason"]:
+                if row["is_storage"] and self._outlasts_outage():
+                    self.why_again[row["name"]] = row["reason"]
+                    down.add(row["name"])
+                elif row["reason"]:
                     self.tally.end(row["name"], status="failed", reason=row["reason"])
                     logger.warning("%s failed: %s", row["name"], row["reason"])
                 else:
                     plans[row["name"]] = SlidePlan.from_json(row["plan"])
         for task in wave:
-            if task.name in plans or self.tally.slides[task.name].reason is not None:
+            if task.name in (*plans, *down) or self.tally.slides[task.name].reason is not None:
                 continue
             if self._is_overdue():
                 self.tally.end(
@@ -414,8 +424,6 @@ class Night:
             else:
                 self.tally.end(task.name, status="failed", reason=LOST)
         found = [plans[task.name] for task in wave if task.name in plans]
-        if len(found) < len(wave) and not self._is_overdue():
-            self._outlasts_outage()
         for plan in found:
             self.tally.set(
                 plan.task.name,
@@ -426,7 +434,7 @@ class Night:
                 num_blocks=plan.num_blocks,
                 num_blocks_resumed=len(plan.done),
             )
-        return found
+        return found, [task for task in wave if task.name in down]
 
     def _make(self, plans: Sequence[SlidePlan], crew: Crew, claims: SlideClaims) -> list[SlideTask]:
         """All blocks of some slides, each slide finished as its last one arrives.

@@ -23,18 +23,26 @@ from jobs.ray_stage import Attempt, Unit, duration
 
 logger = logging.getLogger("super_resolve")
 
-INSPECTED = pa.schema([("name", pa.string()), ("plan", pa.string()), ("reason", pa.string())])
+INSPECTED = pa.schema(
+    [
+        ("name", pa.string()),
+        ("plan", pa.string()),
+        ("reason", pa.string()),
+        ("is_storage", pa.bool_()),
+    ]
+)
 # Slides that are finished at a time: each reads its records and joins its small parts.
 MAX_FINISHING = 8
 
 
 def inspect_unit(unit: Unit, attempt: Attempt) -> pa.Table:
-    """A row (name, plan or None, reason or None) for {"task", "is_forecast"}; INSPECTED.
+    """A row of INSPECTED for {"task", "is_forecast"}: its name, and a plan or a reason for none.
 
-    The plan of a forecast is no more than the (width, height) of the LR.
+    The plan of a forecast is no more than the (width, height) of the LR. `is_storage` says whether
+    the reason is an error of storage.
     """
     task = SlideTask.from_json(unit["task"])
-    plan, reason = None, None
+    plan, reason, is_storage = None, None, False
     try:
         with attempt(task.name):
             if unit["is_forecast"]:
@@ -44,11 +52,11 @@ def inspect_unit(unit: Unit, attempt: Attempt) -> pa.Table:
             else:
                 plan = inspect(task).to_json()
     except CarnError as error:
-        reason = str(error)
+        reason, is_storage = str(error), isinstance(error, StorageError)
     except Exception as error:  # of this slide alone
         logger.exception("%s", task.name)
         reason = f"{type(error).__name__}: {error} (an error of this program)"
-    row = {"name": task.name, "plan": plan, "reason": reason}
+    row = {"name": task.name, "plan": plan, "reason": reason, "is_storage": is_storage}
     return pa.Table.from_pylist([row], schema=INSPECTED)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import openslide
+import pyarrow as pa
 import pytest
 import tifffile
 
@@ -24,9 +25,10 @@ from carn.upscaling.lr_view import InputConfig
 from carn.upscaling.outbox import SlideClaims
 from carn.upscaling.task import SlidePlan
 from jobs import sr_night, super_resolve
+from jobs.ray_stage import StageRunner
 from jobs.sr_config import RunConfig, SuperResolveJob, parse_deadline
 from jobs.sr_night import Night, check_checkpoint
-from jobs.sr_stages import finish_unit
+from jobs.sr_stages import INSPECTED, finish_unit
 from jobs.super_resolve import main
 from tests.conftest import Bucket
 from tests.jobs.lab import draw_slide
@@ -285,11 +287,10 @@ def test_storage_that_is_down_ends_the_run_instead_of_every_slide(
     assert list(statuses(lab / "sr").values()) == ["failed", *["unfinished"] * 3]
 
 
-def test_what_an_outage_failed_is_done_again(
-    lab: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    down = {"reason": "s3://lab/x: the object store cannot be reached", "is_storage": True}
-    write, make = storage.write_bytes, sr_night.run_blocks
+@pytest.fixture
+def short_outage(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The output refuses the second and the third probe; lists the probes."""
+    write = storage.write_bytes
     probes: list[str] = []
 
     def refused_twice(uri: str, content: bytes) -> None:
@@ -299,17 +300,47 @@ def test_what_an_outage_failed_is_done_again(
                 raise StorageError(uri, "the object store cannot be reached")
         write(uri, content)
 
+    monkeypatch.setattr(storage, "write_bytes", refused_twice)
+    monkeypatch.setattr(sr_night, "PROBE_S", 0.01)
+    return probes
+
+
+def test_what_an_outage_failed_is_done_again(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, short_outage: list[str]
+) -> None:
+    down = {"reason": "s3://lab/x: the object store cannot be reached", "is_storage": True}
+    make = sr_night.run_blocks
+
     def run_blocks(plans: Any, blocks: Any, **options: Any) -> Any:
         monkeypatch.setattr(sr_night, "run_blocks", make)
         yield 0, 0, dict(down)
         yield from make(plans, [block for block in blocks if block[0] != 0], **options)
 
-    monkeypatch.setattr(storage, "write_bytes", refused_twice)
     monkeypatch.setattr(sr_night, "run_blocks", run_blocks)
-    monkeypatch.setattr(sr_night, "PROBE_S", 0.01)
     # At the limit of slides, what was begun is still brought to its end.
     assert main(make_sr_job(lab, lab / "sr", run={"limit": 2})) == 0
-    assert len(probes) == 4
+    assert len(short_outage) == 4
+    assert statuses(lab / "sr") == {"Case_1": "done", "Case_2": "done"}
+
+
+def test_a_slide_that_could_not_be_inspected_in_an_outage_is_looked_at_again(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, short_outage: list[str]
+) -> None:
+    run = StageRunner.run
+    looks: list[int] = []
+
+    def first_is_refused(self: StageRunner, stage: str, work: Any, units: Any) -> Any:
+        looks.append(len(units))
+        if len(looks) == 1:
+            row = {"name": "Case_1", "reason": "s3://lab/x: cannot be reached", "is_storage": True}
+            yield pa.Table.from_pylist([row], schema=INSPECTED)
+            units = units[1:]
+        yield from run(self, stage, work, units)
+
+    monkeypatch.setattr(StageRunner, "run", first_is_refused)
+    assert main(make_sr_job(lab, lab / "sr")) == 0
+    assert looks == [2, 1]
+    assert len(short_outage) == 4
     assert statuses(lab / "sr") == {"Case_1": "done", "Case_2": "done"}
 
 
