@@ -6,7 +6,7 @@ STAMP := $(VENV)/.setup-done
 # What `make audit` looks at.
 LOCK ?= requirements.lock
 
-.PHONY: setup demo test test-all test-faults lint format bench lock audit clean help
+.PHONY: setup demo test test-all test-s3 test-faults lint format bench lock audit clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s ':'
@@ -47,8 +47,11 @@ test: $(STAMP)  ## the tests, without the slow ones
 test-all: $(STAMP)  ## all tests, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
 
-test-faults: $(STAMP)  ## the tests of killed workers, drivers and nodes, of storage that fails, of submission; an hour
-	$(BIN)/python -m pytest tests/jobs tests/upscaling tests/test_uploads.py tests/test_claims.py -m "slow and not gpu"
+test-s3: $(STAMP)  ## the quick tests of object storage, on a Ceph of this machine's own where it is installed
+	$(BIN)/python -m tests.ceph $(BIN)/python -m pytest -n 2 --dist loadgroup -m "s3 and not slow and not gpu"
+
+test-faults: $(STAMP)  ## killed workers, drivers and nodes, storage that fails (Ceph's, where installed), submission; hours
+	$(BIN)/python -m tests.ceph $(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

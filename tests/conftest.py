@@ -35,6 +35,17 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
 
 
+# Those of an object store that may be a real one.
+S3_FIXTURES = {"s3_endpoint", "ray_here_s3"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of object storage."""
+    for item in items:
+        if isinstance(item, pytest.Function) and S3_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.s3)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real samples."""
@@ -263,6 +274,14 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         client.delete_object(Bucket=bucket.name, Key=key)
     client.delete_bucket(Bucket=bucket.name)
     client.close()
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder, or an empty bucket."""
+    if request.param == "local":
+        return str(tmp_path)
+    return str(request.getfixturevalue("s3").uri())
 
 
 @dataclass(frozen=True)

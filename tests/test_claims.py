@@ -33,14 +33,6 @@ KEY = "center 1/tumor_001.tif"
 NUM_RACERS = 8
 
 
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where claims are kept."""
-    if request.param == "local":
-        return str(tmp_path / "claims")
-    return str(request.getfixturevalue("s3").uri("claims"))
-
-
 class Clock:
     """Stands still until it is moved."""
 

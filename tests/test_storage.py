@@ -24,14 +24,6 @@ from carn.errors import AccessDeniedError, MissingObjectError, StorageError
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder or bucket."""
-    if request.param == "local":
-        return str(tmp_path)
-    return str(request.getfixturevalue("s3").uri())
-
-
 # ---------------------------------------------------------------------------------------- names
 
 

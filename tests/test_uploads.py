@@ -35,14 +35,6 @@ REPOSITORY = Path(__file__).parents[1]
 LARGE = MIN_PART_BYTES
 
 
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder or bucket."""
-    if request.param == "local":
-        return str(tmp_path)
-    return str(request.getfixturevalue("s3").uri())
-
-
 def large(letter: str) -> bytes:
     """Content that S3 takes as a part that is not the last."""
     return letter.encode() * LARGE

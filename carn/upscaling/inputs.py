@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from carn import storage
 from carn.errors import CarnError, MissingObjectError
 from carn.slides.image import IMAGE_SUFFIXES
-from carn.slides.listing import SLIDE_SUFFIXES, list_slides
+from carn.slides.listing import SLIDE_SUFFIXES, find_slides
 from carn.slides.slide import plausible_mpp
+from carn.storage import ObjectStat
 
 logger = logging.getLogger(__name__)
 
@@ -91,45 +92,55 @@ def _below(given: str, *, is_image: bool) -> list[SlideInput]:
     if root.lower().endswith((".txt", ".csv")):
         return _of_manifest(root, is_image=is_image)
     if GLOB.search(root):
-        base, uris = _of_glob(root, is_image=is_image)
+        base, found = _of_glob(root, is_image=is_image)
     elif is_image:
-        base, uris = root, _listed_images(root)
+        base, found = root, _listed_images(root)
     else:
-        base, uris = root, list_slides([root])
-    items = [SlideInput(uri=uri, name=_name(uri, base), is_image=is_image) for uri in uris]
+        base, found = root, find_slides([root])
+    return [_listed(item, base, is_image=is_image) for item in found]
+
+
+def _listed(found: ObjectStat, base: str, *, is_image: bool) -> SlideInput:
+    name = _name(found.uri, base)
     # An object's key may hold "..", which leads out of a folder of the same name on a disk.
-    return [replace(item, problem=_listed_problem(item.name)) for item in items]
-
-
-def _listed_problem(name: str) -> str | None:
     problem = _problem_of(name)
-    return problem and f"{problem}; rename it, or name it otherwise in a .csv manifest (uri,name)"
+    if problem is not None:
+        problem += "; rename it, or name it otherwise in a .csv manifest (uri,name)"
+    return SlideInput(
+        uri=found.uri,
+        name=name,
+        # A local file must be read for it, which is done for many at once.
+        identity=storage.identity_of(found) if found.etag is not None else "",
+        size_bytes=found.size,
+        is_image=is_image,
+        problem=problem,
+    )
 
 
-def _listed_images(root: str) -> list[str]:
+def _listed_images(root: str) -> list[ObjectStat]:
     if root.lower().endswith(IMAGE_SUFFIXES) and storage.is_file(root):
-        return [root]
-    found = [item.uri for item in storage.list_objects(root)]
-    images = [uri for uri in found if uri.lower().endswith(IMAGE_SUFFIXES)]
+        return [storage.stat(root)]
+    found = storage.list_objects(root)
+    images = [item for item in found if item.uri.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         raise MissingObjectError(root, f"no images here ({', '.join(IMAGE_SUFFIXES)})")
     return images
 
 
-def _of_glob(pattern: str, *, is_image: bool) -> tuple[str, list[str]]:
+def _of_glob(pattern: str, *, is_image: bool) -> tuple[str, list[ObjectStat]]:
     """The folder before the first wildcard, and the files below it that match."""
     position = GLOB.search(pattern)
     assert position is not None
     base = pattern[: position.start()].rpartition("/")[0]
     suffixes = IMAGE_SUFFIXES if is_image else SLIDE_SUFFIXES
-    uris = [
-        item.uri
+    found = [
+        item
         for item in storage.list_objects(base)
         if _matches(item.uri, pattern) and item.uri.lower().endswith(suffixes)
     ]
-    if not uris:
+    if not found:
         raise MissingObjectError(pattern, "matches no " + ("images" if is_image else "slides"))
-    return base, uris
+    return base, found
 
 
 def _matches(uri: str, pattern: str) -> bool:
@@ -200,11 +211,11 @@ def _name(uri: str, base: str) -> str:
 
 
 def _identified(item: SlideInput) -> SlideInput:
-    if item.problem is not None:
+    if item.problem is not None or item.identity:
         return item
     try:
-        size = storage.stat(item.uri).size
-        return replace(item, identity=storage.identity(item.uri), size_bytes=size)
+        found = storage.stat(item.uri)
+        return replace(item, identity=storage.identity_of(found), size_bytes=found.size)
     except CarnError as error:
         return replace(item, problem=str(error))
 

@@ -27,6 +27,11 @@ from carn.upscaling.task import SlideTask, key_of
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 16
+# Objects a finished slide has: itself, its two notes, and the note that it is done.
+OBJECTS_A_SLIDE = 4
+# Objects that one request lists.
+# Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+PAGE = 1000
 # Of a work folder whose slide has been, or is about to be, committed.
 COMMIT = "commit.npz"
 # In a work folder: what is to lie beside the slide, by the end of its name.
@@ -150,14 +155,36 @@ def judge(tasks: Sequence[SlideTask], *, overwrite: bool) -> list[tuple[Status, 
     else:
         below = storage.join(tasks[0].output, "_state", "done")
         done = {item.uri for item in storage.list_objects(below)}
+    sizes = _committed_sizes(tasks, num_done=len(done))
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return list(pool.map(lambda task: _judge(task, done, overwrite=overwrite), tasks))
+        return list(
+            pool.map(lambda task, size: _judge(task, size, done, overwrite=overwrite), tasks, sizes)
+        )
 
 
-def _judge(task: SlideTask, done: set[str], *, overwrite: bool) -> tuple[Status, str | None]:
-    try:
-        there = storage.stat(task.committed_uri)
-    except MissingObjectError:
+def _committed_sizes(tasks: Sequence[SlideTask], *, num_done: int) -> list[int | None]:
+    """Sizes of what is at the places of slides; None where there is nothing."""
+    output, form = tasks[0].output, tasks[0].format
+    num_pages = num_done * OBJECTS_A_SLIDE / PAGE
+    is_listed = storage.is_s3(output) and form.container == "tiff"
+    if is_listed and num_pages < len(tasks) / NUM_THREADS:
+        sizes = {item.uri: item.size for item in storage.list_prefix(output.rstrip("/") + "/")}
+        return [sizes.get(task.committed_uri) for task in tasks]
+
+    def size_of(task: SlideTask) -> int | None:
+        try:
+            return storage.stat(task.committed_uri).size
+        except MissingObjectError:
+            return None
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(size_of, tasks))
+
+
+def _judge(
+    task: SlideTask, size: int | None, done: set[str], *, overwrite: bool
+) -> tuple[Status, str | None]:
+    if size is None:
         is_foreign = (
             task.format.container == "ome-zarr"
             and not storage.list_objects(task.work_root)
@@ -169,7 +196,7 @@ def _judge(task: SlideTask, done: set[str], *, overwrite: bool) -> tuple[Status,
             if is_foreign and not overwrite
             else ("todo", None)
         )
-    if _note_uri(task, there.size) in done:
+    if _note_uri(task, size) in done:
         return "skipped", None
     # Nobody came to note it down, or it is of other settings: the slide itself knows.
     found = read_provenance(task.output_uri)

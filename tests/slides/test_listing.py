@@ -11,13 +11,6 @@ from carn.errors import CarnError, MissingObjectError
 from carn.slides.listing import list_slides
 
 
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path)
-    return str(request.getfixturevalue("s3").uri("slides"))
-
-
 @pytest.fixture
 def put(root: str) -> Callable[..., list[str]]:
     """Write empty files below the root; returns their names."""

@@ -69,11 +69,9 @@ def test_an_object_store_holds_the_same_bytes(
 # ------------------------------------------------------------------- interruption and damage
 
 
-@pytest.fixture(params=["local", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path)
-    return request.getfixturevalue("s3").uri("out")
+@pytest.fixture
+def folder(root: str) -> str:
+    return storage.join(root, "out")
 
 
 @pytest.fixture

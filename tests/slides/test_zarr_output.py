@@ -162,11 +162,8 @@ def test_white_blocks_take_no_objects_even_where_there_was_one(pixels: Rgb, tmp_
     assert_holds(spec.uri, pixels)
 
 
-@pytest.mark.parametrize("is_remote", [False, True])
-def test_a_slide_is_resumed_and_what_was_lost_is_done_again(
-    pixels: Rgb, tmp_path: Path, request: pytest.FixtureRequest, is_remote: bool
-) -> None:
-    folder = request.getfixturevalue("s3").uri("out") if is_remote else str(tmp_path)
+def test_a_slide_is_resumed_and_what_was_lost_is_done_again(pixels: Rgb, root: str) -> None:
+    folder = storage.join(root, "out")
     spec = spec_of(folder, pixels)
     with pytest.raises(UnfinishedError):
         open_output(spec).finish(icc_profile=None)
@@ -182,16 +179,13 @@ def test_a_slide_is_resumed_and_what_was_lost_is_done_again(
     write(spec, pixels, caught.value.blocks)
     assert [facts["index"] for _, facts in output.block_facts()] == list(range(NUM_BLOCKS))
     output.finish(icc_profile=None)
-    if not is_remote:
+    if not storage.is_s3(root):
         assert_holds(spec.uri, pixels)
     assert not storage.list_objects(spec.work_uri)
 
 
-@pytest.mark.parametrize("is_remote", [False, True])
-def test_a_shard_that_was_altered_is_done_again(
-    pixels: Rgb, tmp_path: Path, request: pytest.FixtureRequest, is_remote: bool
-) -> None:
-    folder = request.getfixturevalue("s3").uri("out") if is_remote else str(tmp_path)
+def test_a_shard_that_was_altered_is_done_again(pixels: Rgb, root: str) -> None:
+    folder = storage.join(root, "out")
     spec = spec_of(folder, pixels)
     output = write(spec, pixels, range(NUM_BLOCKS))
     shard = storage.join(spec.uri, "0/c/0/1/1")
@@ -203,7 +197,7 @@ def test_a_shard_that_was_altered_is_done_again(
     assert caught.value.blocks == (3,)
     assert not storage.is_file(storage.join(spec.uri, "zarr.json"))
     write(spec, pixels, caught.value.blocks).finish(icc_profile=None)
-    if not is_remote:
+    if not storage.is_s3(root):
         assert_holds(spec.uri, pixels)
 
 

@@ -8,7 +8,7 @@ import pytest
 from carn import storage
 from carn.errors import CarnError, MissingObjectError
 from carn.upscaling.inputs import find_inputs
-from tests.conftest import Bucket
+from tests.conftest import Bucket, FaultyS3
 
 
 @pytest.fixture
@@ -46,6 +46,22 @@ def test_a_glob_on_an_object_store(inbox: Path, s3: Bucket) -> None:
     (item,) = find_inputs([s3.uri("in/2026-*/*.tif")])
     assert (item.name, item.uri) == ("2026-01/a", s3.uri("in/2026-01/a.tif"))
     assert item.identity.startswith("etag:")
+
+
+def test_what_an_object_store_lists_is_not_asked_for_again(
+    inbox: Path, faulty_s3: FaultyS3
+) -> None:
+    for number in range(3):
+        faulty_s3.bucket.put(f"in/{number}.tif", inbox / "b" / "Two.tif")
+        faulty_s3.bucket.put(f"pictures/{number}.png", b"x")
+    uri = faulty_s3.bucket.uri
+    found = find_inputs([uri("in"), uri("in/*.tif")], [uri("pictures")])
+    assert faulty_s3.faults.counts == {"ListObjects": 3}
+    assert len(found) == 6
+    for item in found:
+        assert (item.problem is None) == (not item.is_image)  # the names are those of the slides
+        assert item.identity == storage.identity(item.uri)
+        assert item.size_bytes == storage.stat(item.uri).size
 
 
 def test_one_slide_named_twice_is_one(inbox: Path) -> None:

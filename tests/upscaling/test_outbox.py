@@ -13,9 +13,15 @@ from carn.claims import claim
 from carn.slides.slide_output import OutputSpec, SlideFormat, open_output
 from carn.upscaling import outbox
 from carn.upscaling.lr_view import InputConfig
-from carn.upscaling.outbox import SlideClaims, judge, sweep_abandoned, sweep_stale
+from carn.upscaling.outbox import (
+    SlideClaims,
+    judge,
+    mark_done,
+    sweep_abandoned,
+    sweep_stale,
+)
 from carn.upscaling.task import PixelConfig, SlideTask, key_of
-from tests.conftest import Bucket, draw
+from tests.conftest import Bucket, FaultyS3, draw
 
 
 def make_task(output: Path | str, **changes: object) -> SlideTask:
@@ -107,6 +113,27 @@ def test_on_an_object_store(s3: Bucket) -> None:
     make_slide(task)
     assert judge([task], overwrite=False) == [("skipped", None)]
     assert [key for key in s3.list_keys() if "/_work/" in key] == []
+
+
+def test_many_slides_are_judged_by_what_a_few_requests_list(
+    faulty_s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = faulty_s3.bucket.uri("sr")
+    tasks = [make_task(output, name=f"{number}") for number in range(2 * outbox.NUM_THREADS)]
+    for task in tasks[:3]:
+        storage.write_bytes(task.committed_uri, b"a slide")
+    for task in tasks[:2]:
+        mark_done(task)
+    storage.write_bytes(tasks[1].committed_uri, b"another slide")
+    monkeypatch.setattr(outbox, "read_provenance", lambda _uri: None)
+    faulty_s3.faults.clear()
+    verdicts = ["skipped", *["conflict"] * 2, *["todo"] * (len(tasks) - 3)]
+    assert [status for status, _ in judge(tasks, overwrite=False)] == verdicts
+    assert faulty_s3.faults.counts == {"ListObjects": 2}
+    # Not where there is far more than is asked for.
+    monkeypatch.setattr(outbox, "PAGE", 1)
+    assert [status for status, _ in judge(tasks, overwrite=False)] == verdicts
+    assert faulty_s3.faults.counts == {"ListObjects": 3, "HeadObject": len(tasks)}
 
 
 def test_a_committed_slide_whose_notes_were_not_made_is_not_through(tmp_path: Path) -> None:
@@ -244,11 +271,8 @@ def test_stale_work_is_told_from_all_other_wherever_the_output_lies(tmp_path: Pa
 
 
 @pytest.mark.parametrize("form", [SlideFormat(tile_px=16), ZARR])
-@pytest.mark.parametrize("is_remote", [False, True])
-def test_abandoned_work_is_swept_with_all_that_it_wrote(
-    tmp_path: Path, request: pytest.FixtureRequest, form: SlideFormat, is_remote: bool
-) -> None:
-    root = request.getfixturevalue("s3").uri("sr") if is_remote else str(tmp_path / "sr")
+def test_abandoned_work_is_swept_with_all_that_it_wrote(root: str, form: SlideFormat) -> None:
+    root = storage.join(root, "sr")
     gone = make_task(root, format=form)
     hardly = make_task(root, name="hardly begun", format=form)
     wanted = make_task(root, name="wanted", format=form)
@@ -317,11 +341,8 @@ def test_a_zarr_whose_beginning_was_killed_is_no_other_programs(
     assert not storage.list_objects(old.output_uri)
 
 
-@pytest.mark.parametrize("is_remote", [False, True])
-def test_uploads_that_no_record_speaks_of_are_swept(
-    tmp_path: Path, request: pytest.FixtureRequest, is_remote: bool
-) -> None:
-    root = request.getfixturevalue("s3").uri("sr") if is_remote else str(tmp_path / "sr")
+def test_uploads_that_no_record_speaks_of_are_swept(root: str) -> None:
+    root = storage.join(root, "sr")
     names = ("lost answer", "wanted", "claimed", "never ours")
     tasks = {name: make_task(root, name=name) for name in names}
     with SlideClaims(root, owner="earlier", lease_s=600) as earlier:
@@ -337,7 +358,7 @@ def test_uploads_that_no_record_speaks_of_are_swept(
         tasks["wanted"].output_uri,
     ]
     assert open_output(spec_of(tasks["wanted"])).done_blocks() == {0}
-    if not is_remote:  # the store of the tests has all uploads begun at one time, long ago
+    if not storage.is_s3(root):  # moto has all uploads begun at one time, long ago
         uploads.begin(tasks["lost answer"].output_uri)
         sweep(root, days=1)
         assert len(uploads.list_uploads(root)) == 4
