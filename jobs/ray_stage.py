@@ -26,6 +26,7 @@ import ray
 import ray.data
 
 from carn.errors import CarnError
+from jobs.ledger import Ledger
 from jobs.metrics import meters, watch_s3
 
 logger = logging.getLogger(__name__)
@@ -48,20 +49,6 @@ class ClusterError(CarnError):
 
 class ProcessDiedError(CarnError):
     """Reading something took the reading process down, every time."""
-
-
-class _Ledger:
-    """Counts, per key, attempts that began and did not end."""
-
-    def __init__(self) -> None:
-        self._begun: dict[str, int] = {}
-
-    def begin(self, key: str) -> int:
-        self._begun[key] = self._begun.get(key, 0) + 1
-        return self._begun[key]
-
-    def end(self, key: str) -> None:
-        self._begun[key] = 0
 
 
 def progress(num_done: int, num_units: int, *, seconds: float, seconds_to_first: float) -> str:
@@ -160,9 +147,9 @@ class StageRunner:
         """
         self._num_workers = num_workers
         self._progress_s = progress_s
-        # One for all stages: starting its process costs two CPU seconds.
+        # One for all stages: starting a process takes half a second.
         remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        self._ledger = remote(_Ledger).remote()
+        self._ledger = remote(Ledger).remote()
 
     def run(self, name: str, function: StageFunction, units: Sequence[Unit]) -> Iterator[pa.Table]:
         """Run a function over units; yields its tables as they are done, in any order.

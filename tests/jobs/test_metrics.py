@@ -25,7 +25,8 @@ from carn.report.sr_records import (
 from jobs import metrics, super_resolve
 from jobs.build_bcsr import _counted
 from jobs.metrics import METRICS, Meters, TrainingMeters, meters, watch_s3
-from jobs.sr_pipeline import Board, _Clock, _count
+from jobs.sr_board import Board
+from jobs.sr_pipeline import _Clock, _count
 from jobs.sr_tally import slide_logger
 from jobs.super_resolve import JsonLines, _begin_log
 from tests.conftest import Bucket
@@ -209,7 +210,7 @@ def test_an_actors_time_is_all_counted(recorder: Recorder, monkeypatch: pytest.M
 
 
 def test_blocks_that_are_begun_again_are_retries_of_their_slide() -> None:
-    board = Board()
+    board = Board(3)
     assert board.begin(0, 1) == "go"
     assert board.retries(0) == 0
     for _ in range(4):

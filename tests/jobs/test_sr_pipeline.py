@@ -10,13 +10,14 @@ import pytest
 from carn.upscaling.engine import EngineConfig
 from jobs import sr_pipeline
 from jobs.ray_stage import MAX_ATTEMPTS, ClusterError
+from jobs.sr_board import Board
 from jobs.sr_config import ClusterConfig
-from jobs.sr_pipeline import Board, crew_for
+from jobs.sr_pipeline import crew_for
 from jobs.sr_stages import ProgressLines, in_thread
 
 
 def test_a_block_that_never_survives_is_given_up() -> None:
-    board = Board()
+    board = Board(3)
     for _ in range(MAX_ATTEMPTS):
         assert board.begin(0, 7) == "go"
     assert board.begin(0, 7) == "deadly"
@@ -27,7 +28,7 @@ def test_a_block_that_never_survives_is_given_up() -> None:
 
 
 def test_failed_slides_and_stopped_runs_begin_nothing() -> None:
-    board = Board()
+    board = Board(3)
     board.cancel(1)
     assert board.begin(1, 0) == "cancelled"
     assert board.begin(0, 0) == "go"
@@ -36,7 +37,7 @@ def test_failed_slides_and_stopped_runs_begin_nothing() -> None:
 
 
 def test_one_actor_calibrates_a_slide(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = Board()
+    board = Board(3)
     assert board.take_turn(0, "a") == "yours"
     assert board.take_turn(0, "b") == "another's"
     assert board.take_turn(1, "b") == "yours"
@@ -44,7 +45,7 @@ def test_one_actor_calibrates_a_slide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert board.take_turn(0, "b") == "yours"
     # Restarted in the middle of it, or dead for good: nobody waits for ever.
     assert board.take_turn(0, "b") == "yours"
-    monkeypatch.setattr(sr_pipeline, "CALIBRATION_TURN_S", 0.0)
+    monkeypatch.setattr("jobs.sr_board.CALIBRATION_TURN_S", 0.0)
     assert board.take_turn(0, "a") == "yours"
     board.cancel(0)
     assert board.take_turn(0, "a") == "cancelled"
