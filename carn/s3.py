@@ -23,6 +23,9 @@ MAX_CONCURRENT_REQUESTS = 16
 # Times a request is sent while the store is busy, restarts or drops the connection. With the
 # waits between them they span 8-16 s: a gateway that restarts is outlived.
 REQUEST_ATTEMPTS = 7
+# Codes of a status 400 that is about credentials.
+# Source: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "RequestExpired")
 FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 10.0
 # Times a GET is sent when its connection breaks under the body.
@@ -170,6 +173,16 @@ def s3_errors(uri: str) -> Iterator[None]:
                 uri,
                 f"access denied ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or "
                 "AWS_PROFILE; for a public bucket set AWS_NO_SIGN_REQUEST=true",
+            ) from error
+        if code in EXPIRED:
+            raise AccessDeniedError(
+                uri,
+                f"the credentials have expired ({code}): renew them, AWS_SESSION_TOKEN with the "
+                "others, or use a profile or role that renews itself",
+            ) from error
+        if code == "400":  # HEAD: the answer has no body to say why
+            raise StorageError(
+                uri, "the object store answered 400; expired credentials are a likely cause"
             ) from error
         if status == 412:
             raise StorageError(uri, "was replaced while it was read; open it again") from error

@@ -58,6 +58,33 @@ def test_refused_credentials_say_what_to_check(stub_s3: Any) -> None:
             call("s3://b/k")
 
 
+def test_expired_credentials_say_so(faulty_s3: Any) -> None:
+    uri = faulty_s3.bucket.uri("x")
+    faulty_s3.faults.add("refuse", times=100, status=400, code="ExpiredToken")
+    calls: list[Callable[[str], Any]] = [
+        storage.list_objects,
+        storage.read_bytes,
+        lambda uri: storage.write_bytes(uri, b"x"),
+    ]
+    for call in calls:
+        with pytest.raises(AccessDeniedError, match=r"expired \(ExpiredToken\).*AWS_SESSION_TOKEN"):
+            call(uri)
+    with pytest.raises(StorageError, match="answered 400; expired credentials"):
+        storage.stat(uri)
+    # None is asked again: time makes it no better.
+    assert max(faulty_s3.faults.counts.values()) == 1
+
+
+@pytest.mark.skipif("CARN_TEST_S3_ENDPOINT" not in os.environ, reason="moto looks at no secret")
+def test_a_wrong_secret_is_refused_by_a_real_store(
+    s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    for call in (storage.stat, storage.list_objects):
+        with pytest.raises(AccessDeniedError, match=r"access denied.*AWS_SECRET_ACCESS_KEY"):
+            call(s3.uri("x"))
+
+
 @pytest.mark.usefixtures("no_waiting")
 def test_an_unreachable_store_is_named(stub_s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nobody there

@@ -336,6 +336,19 @@ def test_a_listing_goes_beyond_one_page(s3: Any) -> None:
         events.unregister(name, two_at_a_time)
 
 
+@pytest.mark.slow
+def test_ten_thousand_objects_are_listed_and_removed(s3: Any) -> None:
+    uris = [s3.uri(f"many/{number % 7}/{number:05d}.svs") for number in range(10_000)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda uri: storage.write_bytes(uri, b""), uris))
+    assert [item.uri for item in storage.list_objects(s3.uri("many"))] == sorted(uris)
+    assert len(storage.list_prefix(s3.uri("many/3/0"))) == len(
+        [uri for uri in uris if "/3/0" in uri]
+    )
+    storage.delete_below(s3.uri("many"))
+    assert storage.list_objects(s3.uri("many")) == []
+
+
 def test_a_listing_by_the_start_of_names(root: str) -> None:
     for name in ("a/b.1.json", "a/b.2.json", "a/.b.3", "a/bc", "a/b", "b.4.json", "a/b.d/deep"):
         storage.write_bytes(storage.join(root, name), name.encode())

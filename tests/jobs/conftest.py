@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
+from carn import storage
 from jobs.build_bcsr import main
 from tests.jobs.cluster_lab import Cluster
 from tests.jobs.lab import draw_slide, make_job
@@ -30,9 +31,20 @@ def ray_here() -> Iterator[None]:
     ray.shutdown()
 
 
+def written(root: str) -> list[storage.ObjectStat]:
+    """What a test has left, which is something."""
+    found = storage.list_objects(root)
+    assert found
+    return found
+
+
 @pytest.fixture
-def ray_here_s3(ray_here: None) -> Iterator[str]:
-    """An empty bucket at an S3 server over HTTP that Ray's workers know of, too."""
+def ray_here_s3(ray_here: None, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+    """An empty bucket at an S3 server over HTTP that Ray's workers know of, too.
+
+    In the end, the secret of its credentials is in no log and in nothing that was written.
+    """
+    import secrets
     import uuid
 
     import boto3
@@ -52,7 +64,7 @@ def ray_here_s3(ray_here: None) -> Iterator[str]:
     settings = {
         "AWS_ENDPOINT_URL": given,
         "AWS_ACCESS_KEY_ID": os.environ.get("AWS_ACCESS_KEY_ID", "test"),
-        "AWS_SECRET_ACCESS_KEY": os.environ.get("AWS_SECRET_ACCESS_KEY", "test"),
+        "AWS_SECRET_ACCESS_KEY": os.environ.get("AWS_SECRET_ACCESS_KEY", secrets.token_hex(20)),
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +76,14 @@ def ray_here_s3(ray_here: None) -> Iterator[str]:
         ray.shutdown()
         start_ray()
         yield f"s3://{bucket}"
+        logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
         ray.shutdown()
+        texts = {str(path): path.read_bytes() for path in logs.rglob("*") if path.is_file()}
+        assert len(texts) > 5, "these are not the logs"
+        texts |= {item.uri: storage.read_bytes(item.uri) for item in written(f"s3://{bucket}")}
+        texts["log"] = caplog.text.encode()
+        secret = settings["AWS_SECRET_ACCESS_KEY"].encode()
+        assert not [name for name, text in texts.items() if secret in text]
     start_ray()
     if server is not None:
         server.stop()

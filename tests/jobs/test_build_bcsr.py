@@ -236,6 +236,7 @@ def test_mended_slides_come_in_with_overwrite(
     assert content_of(output) == content_of(clean)
 
 
+@pytest.mark.slow
 def test_a_slide_that_kills_its_reader_every_time(
     slides: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

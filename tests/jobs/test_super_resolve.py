@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from jobs.sr_config import RunConfig, SuperResolveJob, parse_deadline
 from jobs.sr_night import Night, check_checkpoint
 from jobs.sr_stages import INSPECTED, finish_unit
 from jobs.super_resolve import main
-from tests.conftest import Bucket
+from tests.conftest import Bucket, FaultyS3
 from tests.jobs.lab import draw_slide
 from tests.jobs.sr_lab import draw_inbox, last_summary, make_sr_job, write_model
 
@@ -122,6 +123,7 @@ def test_a_damaged_tile_fails_its_slide_alone(damaged: Path) -> None:
     assert not (damaged / "sr" / "Case_1.tif").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_tile_can_be_enlarged_and_is_listed(damaged: Path) -> None:
     job = make_sr_job(damaged, damaged / "sr", input=InputConfig(on_damaged_tile="upsample"))
     assert main(job) == 0
@@ -346,7 +348,7 @@ def test_a_slide_that_could_not_be_inspected_in_an_outage_is_looked_at_again(
 
 def test_a_deadline_long_past_waits_for_nothing(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Slides that are being finished when the deadline comes, by an actor that never answers.
-    soon = (datetime.now().astimezone() + timedelta(seconds=20)).isoformat()
+    soon = (datetime.now().astimezone() + timedelta(seconds=10)).isoformat()
     monkeypatch.setattr(sr_night, "GRACE_S", 1.0)
     monkeypatch.setattr("jobs.sr_stages.Finishing.collect", lambda *_, **__: iter(()))
     started = time.monotonic()
@@ -473,6 +475,72 @@ def test_what_cannot_begin_says_why_in_one_line(
     said = " ".join((captured.err + captured.out).replace("│", " ").split())
     assert says in said
     assert not (tmp_path / "sr").exists()
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], str]:
+    """Run the job over slides on an object store; returns the one line that it ends with."""
+    write_model(str(tmp_path / "model"))
+    slide = draw_inbox(tmp_path / "inbox", num_slides=1) / "Case_1.tif"
+
+    def run(root: str) -> str:
+        arguments = ("--slides", f"{root}/in", "--output", f"{root}/sr")
+        monkeypatch.setattr(
+            sys, "argv", ["super_resolve", *arguments, "--checkpoint", f"{tmp_path}/model"]
+        )
+        monkeypatch.setattr(sr_night, "start_ray", lambda: pytest.fail("Ray was started"))
+        assert super_resolve.cli() == 2
+        said = capsys.readouterr().err
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] not in said
+        (line,) = [line for line in said.splitlines() if line.startswith("super_resolve: ")]
+        return line
+
+    run.slide = slide.read_bytes()  # type: ignore[attr-defined]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "operation", "says"),
+    [
+        (403, "InvalidAccessKeyId", ".*", "access denied (InvalidAccessKeyId): check AWS_ACCESS"),
+        (400, "ExpiredToken", ".*", "the credentials have expired (ExpiredToken): renew them"),
+        (403, "AccessDenied", "PutObject", "sr/_state/begun: access denied (AccessDenied)"),
+    ],
+    ids=["wrong", "expired", "read-only"],
+)
+def test_credentials_that_do_not_do_are_said_before_the_work(
+    faulty_s3: FaultyS3, refused: Any, status: int, code: str, operation: str, says: str
+) -> None:
+    faulty_s3.bucket.put("in/Case_1.tif", refused.slide)
+    faulty_s3.faults.add("refuse", operation, times=1000, status=status, code=code)
+    assert says in refused(faulty_s3.bucket.uri())
+
+
+@pytest.mark.skipif(
+    "CARN_TEST_S3_READER" not in os.environ, reason="moto knows no rights; see tests/ceph.py"
+)
+def test_keys_that_may_only_read(s3: Bucket, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.put("in/Case_1.tif", refused.slide)
+    s3.client.put_bucket_policy(
+        Bucket=s3.name,
+        Policy=json.dumps(
+            {
+                "Version": "2012-10-17",
+                "Statement": {
+                    "Effect": "Allow",
+                    "Principal": {"AWS": ["arn:aws:iam:::user/reader"]},
+                    "Action": ["s3:GetObject", "s3:ListBucket", "s3:PutObject"],
+                    "Resource": [f"arn:aws:s3:::{s3.name}", f"arn:aws:s3:::{s3.name}/*"],
+                },
+            }
+        ),
+    )
+    key, secret = os.environ["CARN_TEST_S3_READER"].split(":")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    assert "sr/_state/begun: access denied" in refused(s3.uri())
 
 
 def test_a_checkpoint_is_tried_before_anything_is_started(tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ def test_streamed_from_and_to_an_object_store(
     assert not [key for key in keys if key.startswith("_ray/")]
 
 
+@pytest.mark.slow
 def test_a_stream_does_not_go_on_without_a_part_of_it(
     ray_here: None, tmp_path: Path, run_cli: Callable[..., int], capfd
 ) -> None:
