@@ -13,6 +13,28 @@ from typing import Literal
 
 import tyro
 
+from carn.capacity_rates import (
+    ACTOR_MB,
+    CONSISTENCY,
+    DAEMONS_MB,
+    ENCODE,
+    END_TO_END_SHARE,
+    ENGINE_TWO_CORES,
+    ENLARGE,
+    FINISH,
+    MFLOP_PER_LR_PX,
+    READ,
+    READER_MB,
+    ROOFLINE_MS,
+    ROOFLINE_SHARE,
+    START,
+    TASKS,
+    TWO_CORES,
+    UPLOAD,
+    Kind,
+    Rate,
+)
+
 # Written out, for this module imports nothing of what it speaks of; the tests compare them with
 # carn.slides.tiff_output, carn.uploads, jobs.sr_stages and jobs.sr_pipeline.
 MAX_BLOCKS = 6000
@@ -34,111 +56,7 @@ PUTS_PER_SLIDE, GETS_PER_SLIDE, DELETES_PER_SLIDE = 47, 28, 5
 # Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html
 MAX_PUTS_PER_S, MAX_GETS_PER_S = 3500, 5500
 
-# measured: a figure of benchmarks/README.md. noted: of a docstring or of docs/scaling.md, taken
-# once. predicted: by a roofline, of what has not been run. assumed: nobody's measurement. given:
-# by whoever asks.
-Kind = Literal["measured", "noted", "predicted", "assumed", "given"]
 Scale = Literal[2, 4, 8]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """How fast, or how costly, something is, and how that is known.
-
-    Attributes:
-        value: in `unit`.
-        unit: of the value.
-        kind: what it is worth; see Kind.
-        source: where it comes from.
-    """
-
-    value: float
-    unit: str
-    kind: Kind
-    source: str
-
-
-TWO_CORES = "two cores of an AMD EPYC"
-# LR Mpx a second of the engine, CARN x2, on both cores.
-ENGINE_TWO_CORES = 0.332
-# FLOP of CARN for an LR px, gates frozen and tail folded.
-MFLOP_PER_LR_PX = {2: 2.475, 4: 2.590, 8: 3.051}
-# Milliseconds for an LR megapixel that arithmetic and traffic of the folded network take at least.
-ROOFLINE_MS = {
-    "h200": {2: 3.4, 4: 3.6, 8: 4.3},
-    # An H200's tensor cores; its traffic at 3.35 in place of 4.8 TB/s.
-    "h100": {2: 3.52, 4: 3.74, 8: 4.49},
-}
-# What benchmarks/gpu_upscale_engine.py predicts: of the roofline on the device, and of that with
-# the pixels brought and taken.
-ROOFLINE_SHARE, END_TO_END_SHARE = 0.35, 0.9
-
-READ = Rate(
-    value=321 * 1.048576,
-    unit="Mpx/core-s",
-    kind="measured",
-    source=f"read_tiles.py, 321 aligned tiles of 1024 px a CPU-second, {TWO_CORES}",
-)
-ENCODE = Rate(
-    value=239,
-    unit="SR Mpx/core-s",
-    kind="measured",
-    source=f"encode_slide.py, four levels of JPEG Q90, {TWO_CORES}",
-)
-CONSISTENCY = Rate(
-    value=0.025,
-    unit="core-s/LR Mpx",
-    kind="noted",
-    source="super_resolve.py: 25 ms for a block of 1 LR Mpx",
-)
-ENLARGE = Rate(
-    value=0.08,
-    unit="core-s/LR Mpx at x2",
-    kind="noted",
-    source="docs/scaling.md: bicubic enlargement of what is not of one colour, one thread",
-)
-UPLOAD = Rate(
-    value=0.020,
-    unit="core-s/LR Mpx at x2",
-    kind="noted",
-    source="super_resolve.py: 20 ms for the part of a block of 1 LR Mpx, server included",
-)
-FINISH = Rate(
-    value=0.5 / 12,
-    unit="s/block",
-    kind="noted",
-    source="super_resolve.py: 0.5 s for the commit of a slide of 12 blocks; taken as proportional",
-)
-TASKS = Rate(
-    value=36,
-    unit="tasks/s",
-    kind="measured",
-    source="400 tasks of one row through Ray Data, busy two cores",
-)
-START = Rate(
-    value=13,
-    unit="s",
-    kind="measured",
-    source="super_resolve.py: imports and calibration, once a run",
-)
-ACTOR_MB = {
-    "cpu": Rate(
-        value=773,
-        unit="MB",
-        kind="measured",
-        source="slide_memory.py, actor that makes blocks, slide of 50,000 px",
-    ),
-    "gpu": Rate(
-        value=4000,
-        unit="MB",
-        kind="assumed",
-        source="the CPU actor's, and CUDA's libraries in memory",
-    ),
-}
-READER_MB = Rate(value=641, unit="MB", kind="assumed", source="as a CPU actor on a small slide")
-DAEMONS_MB = Rate(
-    value=1508, unit="MB", kind="measured", source="slide_memory.py, Ray's daemons and all else"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
