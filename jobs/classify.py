@@ -46,8 +46,9 @@ from carn.errors import (
 )
 from carn.log_lines import start_logging
 from carn.processor import KEEPING_ENVIRONMENT
+from jobs.monitor import Monitor
 from jobs.ray_stage import ClusterError, start_ray
-from jobs.train_worker import Monitor, NodeAddressTorchConfig
+from jobs.train_worker import NodeAddressTorchConfig
 from jobs.trainer import cause_of, fit_showing
 
 logger = logging.getLogger("classify")

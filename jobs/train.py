@@ -48,8 +48,9 @@ from carn.training.progress import ProgressView
 from carn.training.recipes import Recipe, flat, recipe, with_values
 from carn.training.run_folder import RunFolder
 from carn.training.tiles import dataset_digest
+from jobs.monitor import Monitor
 from jobs.ray_stage import ClusterError, start_ray
-from jobs.train_worker import Monitor, WorkerTask, make_trainer
+from jobs.train_worker import WorkerTask, make_trainer
 from jobs.trainer import cause_of, fatal_of, fit_showing
 
 logger = logging.getLogger("train")

@@ -21,8 +21,9 @@ from carn.training.engine import EngineConfig
 from carn.training.run_folder import RunFolder
 from carn.tuning.space import Choices, Interval, Space, label_of
 from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial, steps_of
+from jobs.monitor import Monitor
 from jobs.ray_stage import duration
-from jobs.train_worker import Monitor, WorkerTask, make_trainer
+from jobs.train_worker import WorkerTask, make_trainer
 from jobs.trainer import failure_text
 
 logger = logging.getLogger("tune")
