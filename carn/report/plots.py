@@ -17,8 +17,14 @@ YScale = Literal["linear", "log", "from zero"]
 
 # What page.COLOURS has no use for; templates/train.html holds the variables of these names, with
 # which the curves follow the page into the dark theme. Source: Okabe and Ito, https://jfly.uni-koeln.de/color/
-CURVE_COLOURS: Mapping[str, str] = {"green": "#009e73", "purple": "#cc79a7"}
-CYCLE = ("kept", "surplus", "green", "purple", "muted")
+CURVE_COLOURS: Mapping[str, str] = {
+    "green": "#009e73",
+    "purple": "#cc79a7",
+    "sky": "#56b4e9",
+    "vermillion": "#d55e00",
+}
+# Seven, as many as there are networks to compare.
+CYCLE = ("kept", "surplus", "green", "purple", "muted", "sky", "vermillion")
 DASHES = (0, (4, 2))
 MAX_POINTS = 600
 # Up to so many points, each gets a dot, for there was a measurement and nothing between.
