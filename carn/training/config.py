@@ -97,7 +97,8 @@ class OptimizerConfig:
     gradient_clip: float | None = None
     """Largest norm of the gradient; None for no limit."""
     ema_decay: float | None = None
-    """Keep a moving average of the weights with this decay, and validate and ship that."""
+    """Keep a moving average of the weights with this decay (at first with less), and validate and
+    ship that."""
     precision: Precision = "fp32"
     """`bf16`: matrix products in bfloat16, weights and loss in float32."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from carn.errors import RunError
 from carn.models.srcnn import Srcnn
@@ -166,11 +166,31 @@ def _last_layer(network: nn.Module) -> list[nn.Parameter]:
 
 
 def make_average(network: nn.Module, decay: float | None) -> AveragedModel | None:
-    """The moving average of a network's weights, or None without a decay."""
+    """The moving average of a network's weights, or None without a decay.
+
+    After n updates the decay is (1 + n) / (10 + n) at most, so that the average soon forgets what
+    the weights were at first: with a decay of 0.999, they would weigh a third after 1,000 updates.
+    Source: https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+    """
     if decay is None:
         return None
-    averaging = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(network, multi_avg_fn=averaging, use_buffers=True)
+
+    def mix(
+        averaged: list[Tensor] | tuple[Tensor, ...],
+        current: list[Tensor] | tuple[Tensor, ...],
+        num_averaged: Tensor | int,
+    ) -> None:
+        if not averaged[0].is_floating_point():  # counts, of batches seen
+            torch._foreach_copy_(averaged, current)
+            return
+        # A tensor all the way: its value is on the device, and nobody need wait for it.
+        num = torch.as_tensor(num_averaged)
+        share = 1 - torch.clamp((1 + num) / (10 + num), max=decay)
+        steps = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(steps, share)
+        torch._foreach_add_(averaged, steps)
+
+    return AveragedModel(network, multi_avg_fn=torch.no_grad()(mix), use_buffers=True)
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -482,17 +482,20 @@ def test_the_average_is_what_is_validated_and_shipped(dataset_uri: str, tmp_path
     plain, averaged = str(tmp_path / "plain"), str(tmp_path / "averaged")
     engine = tiny_engine(checkpoint_every=1, keep_checkpoints=9)
     run(tiny_config(steps=3), dataset_uri, plain, engine=engine)
-    config = tiny_config(steps=3, optimizer={"ema_decay": 0.25})
+    config = tiny_config(steps=3, optimizer={"ema_decay": 0.2})
     run(config, dataset_uri, averaged, engine=engine)
-    # The average begins with the first update's weights.
+    # The average begins with the first update's weights, and forgets them at first more quickly.
+    decays = {2: 2 / 11, 3: 0.2}
     found = [
         load_model(f"{plain}/checkpoints/step-0000000{step}").state_dict() for step in (1, 2, 3)
     ]
     shipped = load_model(f"{averaged}/last.json").state_dict()
     for name, tensor in shipped.items():
         wanted = functools.reduce(
-            lambda mean, state, name=name: 0.25 * mean + 0.75 * state[name],
-            found[1:],
+            lambda mean, step, name=name: (
+                decays[step] * mean + (1 - decays[step]) * found[step - 1][name]
+            ),
+            decays,
             found[0][name],
         )
         torch.testing.assert_close(tensor, wanted, rtol=1e-5, atol=1e-7)
