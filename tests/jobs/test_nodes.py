@@ -17,7 +17,7 @@ from jobs.build_bcsr import main as build
 from tests.classification.lab import CROP_PX, write_labelled
 from tests.classification.lab import write_model as write_small_model
 from tests.evaluation.lab import write_run
-from tests.jobs.cluster_lab import Cluster
+from tests.jobs.cluster_lab import Cluster, Network
 from tests.jobs.lab import ROOT, content_of, make_job
 from tests.jobs.sr_lab import draw_inbox, write_model
 from tests.jobs.train_lab import TINY, environment_of, kill_tree, write_dataset
@@ -39,7 +39,7 @@ class Run:
         self._log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "jobs" / job), *map(str, arguments)],
+                [*cluster.before, sys.executable, str(ROOT / "jobs" / job), *map(str, arguments)],
                 env=environment_of(cluster.environment),
                 cwd="/",
                 stdout=file,
@@ -73,16 +73,31 @@ def nodes(tmp_path: Path, clusters: list[Cluster]) -> Cluster:
     return cluster
 
 
+@pytest.fixture
+def hosts(tmp_path: Path, clusters: list[Cluster]) -> Cluster:
+    """The same, each node a host of its own on a network."""
+    if why := Network.why_not():
+        pytest.skip(why)
+    cluster = Cluster(tmp_path, num_cpus=0, network=Network())
+    clusters.append(cluster)
+    cluster.workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    return cluster
+
+
 def lose(cluster: Cluster, *, with_process: str) -> None:
     """SIGKILL the node that runs a process of such a name, with all of its processes."""
+    kill_tree(find(cluster, with_process))
+
+
+def find(cluster: Cluster, name: str) -> "subprocess.Popen[bytes]":
+    """The node that runs a process of such a name."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for node in cluster.workers:
-            if node.poll() is None and _runs(node.pid, with_process):
-                kill_tree(node)
-                return
+            if node.poll() is None and _runs(node.pid, name):
+                return node
         time.sleep(0.02)
-    pytest.fail(f"no node runs {with_process}")
+    pytest.fail(f"no node runs {name}")
 
 
 def _runs(pid: int, name: str) -> bool:
@@ -133,6 +148,23 @@ def test_a_node_lost_while_a_dataset_is_built(
     ids=["when it is inspected", "among its blocks", "at its last block"],
 )
 def test_a_node_lost_in_the_night(tmp_path: Path, nodes: Cluster, when: str, process: str) -> None:
+    check_night(tmp_path, nodes, when=when, disturb=lambda: lose(nodes, with_process=process))
+
+
+def test_a_node_cut_off_in_the_night(tmp_path: Path, hosts: Cluster) -> None:
+    # Its processes go on for a while, and what they write is what the others write.
+    check_night(
+        tmp_path,
+        hosts,
+        when="_work/*/*/blocks/*.npz",
+        disturb=lambda: hosts.cut(find(hosts, "Upscaler")),
+    )
+
+
+def check_night(
+    tmp_path: Path, cluster: Cluster, *, when: str, disturb: Callable[[], None]
+) -> None:
+    """A night that is disturbed when such a file is there ends as one that is not."""
     draw_inbox(tmp_path / "inbox", num_slides=2, width=600, height=300)
     write_model(str(tmp_path / "model"))
 
@@ -144,14 +176,14 @@ def test_a_node_lost_in_the_night(tmp_path: Path, nodes: Cluster, when: str, pro
         ]
 
     output, expected = tmp_path / "sr", tmp_path / "expected"
-    run = Run("super_resolve.py", arguments(output), cluster=nodes, log=tmp_path / "log")
+    run = Run("super_resolve.py", arguments(output), cluster=cluster, log=tmp_path / "log")
     try:
         run.wait_for(lambda: list(output.glob(when)))
-        lose(nodes, with_process=process)
+        disturb()
     finally:
         run.finish()
     undisturbed = Run(
-        "super_resolve.py", arguments(expected), cluster=nodes, log=tmp_path / "expected.log"
+        "super_resolve.py", arguments(expected), cluster=cluster, log=tmp_path / "expected.log"
     )
     undisturbed.finish()
     for name in ("Case_1", "Case_2"):
