@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ray
 import ray.train
 import tyro
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from carn import storage
@@ -48,7 +48,7 @@ from carn.log_lines import start_logging
 from carn.processor import KEEPING_ENVIRONMENT
 from jobs.monitor import Monitor
 from jobs.ray_stage import ClusterError, start_ray
-from jobs.train_worker import NodeAddressTorchConfig
+from jobs.train_worker import NodeAddressTorchConfig, failure_config
 from jobs.trainer import cause_of, fit_showing
 
 logger = logging.getLogger("classify")
@@ -182,7 +182,7 @@ def run_on_ray(job: ClassifyJob, plan: Plan) -> int:
         run_config=RunConfig(
             # What is finished is kept by the study itself. Ray's own files are read here alone.
             storage_path=own_files,
-            failure_config=FailureConfig(max_failures=job.workers.max_failures),
+            failure_config=failure_config(job.workers.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             # Ray Train runs the loop in a thread that is not the process's first.
             worker_runtime_env={"env_vars": dict(KEEPING_ENVIRONMENT)},

@@ -33,6 +33,8 @@ from jobs.metrics import TrainingMeters
 
 # Windows of patches that one task of a stream reads: some tens of MB come back.
 WINDOWS_PER_TASK = 4
+# Seconds for which workers may wait for their places on the cluster.
+START_TIMEOUT_S = 900
 # Seconds without a window read after which a stream gives up, and its run begins another attempt.
 NO_PROGRESS_S = 300
 
@@ -51,6 +53,19 @@ class WorkerTask:
     dataset_uri: str
     output: str
     monitor: Any
+
+
+def failure_config(max_failures: int) -> FailureConfig:
+    """That lost workers are replaced so often, and so often those that never begin.
+
+    Left to itself, Ray Train starts workers that die while they start for ever. It counts with them
+    those that find no place in time; where nodes have to be started first, that takes minutes.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    return FailureConfig(
+        max_failures=max_failures,
+        controller_failure_limit=max_failures,  # type: ignore[call-arg]
+    )
 
 
 def make_trainer(
@@ -78,7 +93,7 @@ def make_trainer(
         run_config=RunConfig(
             # Checkpoints and resuming are the loop's. Ray's own files are read on this node alone.
             storage_path=own_files,
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=failure_config(max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             # Ray Train runs the loop in a thread that is not the process's first.
             worker_runtime_env={"env_vars": dict(KEEPING_ENVIRONMENT)},
