@@ -117,6 +117,7 @@ def test_what_a_run_killed_at_its_very_end_left_is_tidied_up(
     assert content_of(output) == content_of(built)
 
 
+@pytest.mark.slow
 def test_killed_workers_change_nothing(slides: Path, built: Path, tmp_path: Path) -> None:
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
