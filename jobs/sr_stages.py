@@ -1,5 +1,6 @@
 """The steps of super-resolving slides around the blocks: looking at each, finishing each."""
 
+import contextlib
 import json
 import logging
 import queue
@@ -19,7 +20,7 @@ from carn.upscaling.lr_view import open_view
 from carn.upscaling.task import SlidePlan, SlideTask
 from carn.upscaling.work import inspect
 from jobs.metrics import watch_s3
-from jobs.ray_stage import Attempt, Unit, duration
+from jobs.ray_stage import MAX_ATTEMPTS, Attempt, Unit, duration
 
 logger = logging.getLogger("super_resolve")
 
@@ -33,6 +34,10 @@ INSPECTED = pa.schema(
 )
 # Slides that are finished at a time: each reads its records and joins its small parts.
 MAX_FINISHING = 8
+# Seconds for which processes may be out of reach before their slide is given up.
+UNAVAILABLE_S = 600.0
+# Seconds between two tries meanwhile.
+UNAVAILABLE_POLL_S = 5.0
 
 
 def inspect_unit(unit: Unit, attempt: Attempt) -> pa.Table:
@@ -90,12 +95,34 @@ class Finisher:
         return finish_unit(plan, threshold_db, has_pictures)
 
 
+class _Job:
+    """A slide to be finished, and how often that was tried."""
+
+    def __init__(self, slide: int, arguments: tuple[Any, ...]) -> None:
+        self.slide = slide
+        self.arguments = arguments
+        self.not_before = 0.0
+        self._num_deaths = 0
+        self._out_of_reach_since: float | None = None
+
+    def may_try_again(self, error: Exception) -> bool:
+        """Note that its process was lost; whether another may try."""
+        now = time.monotonic()
+        if isinstance(error, ray.exceptions.ActorUnavailableError):
+            # A node that was lost is called so for a while, and new processes are sent to it.
+            self._out_of_reach_since = self._out_of_reach_since or now
+            self.not_before = now + UNAVAILABLE_POLL_S
+            return now - self._out_of_reach_since < UNAVAILABLE_S
+        self._num_deaths += 1
+        return self._num_deaths < MAX_ATTEMPTS
+
+
 class Finishing:
     """Finishes slides on the cluster while the blocks of others are made."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[int, tuple[Any, ...]]] = deque()
-        self._running: dict[Any, tuple[int, Any]] = {}
+        self._waiting: deque[_Job] = deque()
+        self._running: dict[Any, tuple[_Job, Any]] = {}
         # Next to nothing to compute: it must not wait for the actors to leave a CPU.
         self._make: Any = (
             ray.remote(Finisher)
@@ -108,31 +135,42 @@ class Finishing:
         self, slide: int, plan: SlidePlan, *, threshold_db: float, has_pictures: bool
     ) -> None:
         """Have a slide finished as soon as there is room; arguments as `carn.upscaling.finish`."""
-        self._waiting.append((slide, (plan.to_json(), threshold_db, has_pictures)))
+        self._waiting.append(_Job(slide, (plan.to_json(), threshold_db, has_pictures)))
 
     def collect(self, *, timeout_s: float = 0.0) -> Iterator[tuple[int, dict[str, Any]]]:
         """The slides that are finished by now, each with what `finish_unit` says of it."""
-        while self._waiting and len(self._running) < MAX_FINISHING:
-            slide, arguments = self._waiting.popleft()
+        for _ in range(len(self._waiting)):
+            job = self._waiting.popleft()
+            if len(self._running) >= MAX_FINISHING or time.monotonic() < job.not_before:
+                self._waiting.append(job)
+                continue
             actor = self._idle.pop() if self._idle else self._make()
-            self._running[actor.finish.remote(*arguments)] = slide, actor
+            self._running[actor.finish.remote(*job.arguments)] = job, actor
         if not self._running:
+            time.sleep(timeout_s if self._waiting else 0.0)
             return
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout_s)
         for reference in done:
-            slide, actor = self._running.pop(reference)
+            job, actor = self._running.pop(reference)
             try:
                 outcome = ray.get(reference)
             except ray.exceptions.RayError as error:
-                yield slide, {"reason": f"the process that finished it died: {error}"}
+                # Its process died, or its node is gone; done twice comes to the same.
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.kill(actor)
+                if job.may_try_again(error):
+                    logger.warning("finishing a slide is tried again: %s", error)
+                    self._waiting.append(job)
+                else:
+                    yield job.slide, {"reason": f"the process that finished it died: {error}"}
                 continue
             self._idle.append(actor)
-            yield slide, outcome
+            yield job.slide, outcome
 
     def drop(self) -> list[int]:
         """Wait for nothing any more; returns the slides that were not collected."""
-        left = [slide for slide, _ in self._waiting]
-        left += [slide for slide, _ in self._running.values()]
+        left = [job.slide for job in self._waiting]
+        left += [job.slide for job, _ in self._running.values()]
         self._waiting.clear()
         self._running.clear()
         return left

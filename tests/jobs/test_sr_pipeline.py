@@ -6,9 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 
 from carn.upscaling.engine import EngineConfig
-from jobs import sr_pipeline
+from jobs import sr_pipeline, sr_stages
 from jobs.ray_stage import MAX_ATTEMPTS, ClusterError
 from jobs.sr_board import Board
 from jobs.sr_config import ClusterConfig
@@ -186,3 +187,83 @@ def test_items_come_out_of_a_thread_in_order_with_its_error() -> None:
     assert [next(found), next(found)] == [1, 2]
     with pytest.raises(RuntimeError, match="broken"):
         next(found)
+
+
+class Processes:
+    """Stands in for Ray: processes that finish slides, each call ending in the next of `ends`."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, ends: list[Any]) -> None:
+        self.ends = ends
+        self.num_made = 0
+        self.killed: list[Any] = []
+        self.finish = self
+
+    def remote(self, *arguments: Any) -> Any:
+        if isinstance(arguments[0] if arguments else None, type):
+            return self
+        return object()
+
+    def options(self, **_: Any) -> Any:
+        def make() -> Any:
+            self.num_made += 1
+            return self
+
+        return type("Made", (), {"remote": staticmethod(make)})
+
+    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return references, []
+
+    def get(self, _reference: Any) -> Any:
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    def kill(self, process: Any) -> None:
+        self.killed.append(process)
+
+
+DIED = ray.exceptions.ActorDiedError()
+OUT_OF_REACH = ray.exceptions.ActorUnavailableError("gone", b"x" * 16)
+
+
+@pytest.mark.parametrize(
+    ("ends", "comes_to"),
+    [
+        ([DIED, DIED, {"summary": "x"}], {"summary": "x"}),
+        ([OUT_OF_REACH] * 5 + [DIED, {"summary": "x"}], {"summary": "x"}),
+        ([DIED] * MAX_ATTEMPTS, "the process that finished it died"),
+    ],
+)
+def test_a_slide_whose_process_is_lost_is_finished_by_another(
+    monkeypatch: pytest.MonkeyPatch, ends: list[Any], comes_to: Any
+) -> None:
+    processes = Processes(list(ends))
+    monkeypatch.setattr(sr_stages, "ray", processes)
+    monkeypatch.setattr(sr_stages, "UNAVAILABLE_POLL_S", 0.0)
+    finishing = sr_stages.Finishing()
+    plan: Any = type("Plan", (), {"to_json": lambda self: "{}"})()
+    finishing.begin(7, plan, threshold_db=30.0, has_pictures=False)
+    found: list[Any] = []
+    while not finishing.is_idle:
+        found += finishing.collect()
+    ((slide, outcome),) = found
+    assert slide == 7
+    assert outcome == comes_to or outcome["reason"].startswith(comes_to)
+    num_lost = sum(isinstance(end, Exception) for end in ends)
+    assert len(processes.killed) == num_lost
+    # One is made beforehand, and one for each that was lost and has to be replaced.
+    assert processes.num_made == len(ends)
+
+
+def test_processes_that_stay_out_of_reach_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes([OUT_OF_REACH])
+    monkeypatch.setattr(sr_stages, "ray", processes)
+    monkeypatch.setattr(sr_stages, "UNAVAILABLE_S", 0.0)
+    finishing = sr_stages.Finishing()
+    plan: Any = type("Plan", (), {"to_json": lambda self: "{}"})()
+    finishing.begin(7, plan, threshold_db=30.0, has_pictures=False)
+    ((slide, outcome),) = finishing.collect()
+    assert (slide, "died" in outcome["reason"]) == (7, True)
