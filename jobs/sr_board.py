@@ -6,8 +6,8 @@ It imports next to nothing: the run waits for this process, which would take sec
 import time
 from typing import Literal
 
-# Seconds after which a calibration that somebody began counts as abandoned.
-CALIBRATION_TURN_S = 300.0
+# Seconds without a word from who calibrates after which it counts as lost, with its node.
+CALIBRATION_TURN_S = 30.0
 
 Verdict = Literal["go", "cancelled", "stopped", "deadly"]
 Turn = Literal["yours", "another's", "cancelled", "stopped"]
@@ -65,7 +65,7 @@ class Board:
             return "cancelled"
         now = time.monotonic()
         holder, since = self._turns.get(slide, ("", 0.0))
-        # An actor that asks again was restarted in the middle of it.
+        # An actor that asks again is still at it, or was restarted in the middle of it.
         if holder not in ("", actor) and now - since < CALIBRATION_TURN_S:
             return "another's"
         self._turns[slide] = actor, now

@@ -11,10 +11,12 @@ its process down, which slides have failed meanwhile, and whose turn it is to ca
 import json
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,6 +37,8 @@ from jobs.sr_config import ClusterConfig
 
 logger = logging.getLogger(__name__)
 
+# Seconds between two words of an actor that it is still calibrating.
+CALIBRATION_TELL_S = 5.0
 # Seconds between two questions whether another actor has calibrated the slide.
 CALIBRATION_POLL_S = 0.5
 
@@ -259,7 +263,8 @@ class Upscaler:
             turn: Turn = ray.get(self._board.take_turn.remote(slide, self._actor))
             if turn == "yours":
                 try:
-                    self._maker.calibrate(plan)
+                    with self._turn_kept(slide):
+                        self._maker.calibrate(plan)
                 finally:
                     self._board.end_turn.remote(slide)
             elif turn == "another's":
@@ -267,6 +272,23 @@ class Upscaler:
             else:
                 return turn
         return "go"
+
+    @contextmanager
+    def _turn_kept(self, slide: int) -> Iterator[None]:
+        """Let the others know that this actor is still there, while it calibrates."""
+        is_over = threading.Event()
+
+        def tell() -> None:
+            while not is_over.wait(CALIBRATION_TELL_S):
+                self._board.take_turn.remote(slide, self._actor)
+
+        thread = threading.Thread(target=tell, daemon=True, name="calibration")
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
 
 class _Clock:

@@ -1,7 +1,9 @@
 """What the actors of a run have to know of each other, and who works; without Ray's processes."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -52,6 +54,26 @@ def test_one_actor_calibrates_a_slide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert board.take_turn(0, "a") == "cancelled"
     board.stop()
     assert board.take_turn(1, "a") == "stopped"
+
+
+def test_whoever_calibrates_says_so_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board(3)
+    told = threading.Semaphore(0)
+
+    def take_turn(slide: int, actor: str) -> None:
+        board.take_turn(slide, actor)
+        told.release()
+
+    monkeypatch.setattr(sr_pipeline, "CALIBRATION_TELL_S", 0.001)
+    handle = SimpleNamespace(take_turn=SimpleNamespace(remote=take_turn))
+    upscaler: Any = SimpleNamespace(_board=handle, _actor="a")
+    with sr_pipeline.Upscaler._turn_kept(upscaler, 0):
+        for _ in range(3):
+            assert told.acquire(timeout=10)
+        assert board.take_turn(0, "b") == "another's"
+    while told.acquire(blocking=False):
+        pass
+    assert not told.acquire(timeout=0.05)
 
 
 def nodes(*resources: dict[str, float]) -> Any:
