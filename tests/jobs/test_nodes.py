@@ -16,7 +16,7 @@ import pytest
 from jobs.build_bcsr import main as build
 from tests.classification.lab import CROP_PX, write_labelled
 from tests.classification.lab import write_model as write_small_model
-from tests.evaluation.lab import write_run
+from tests.evaluation.lab import write_run_folder
 from tests.jobs.cluster_lab import Cluster, Network
 from tests.jobs.lab import ROOT, content_of, make_job
 from tests.jobs.sr_lab import draw_inbox, write_model
@@ -236,7 +236,7 @@ def test_a_node_lost_in_a_sweep(tmp_path: Path, nodes: Cluster) -> None:
 def test_a_node_lost_in_an_evaluation(tmp_path: Path, nodes: Cluster) -> None:
     write_dataset(tmp_path / "bcsr", num_tiles=(4, 2, 60))
     for seed in (1, 7):
-        write_run(str(tmp_path / "runs" / f"seed{seed}"), seed=seed)
+        write_run_folder(str(tmp_path / "runs" / f"seed{seed}"), best=7, last=7, seed=seed)
 
     def arguments(output: Path) -> list[object]:
         places = ("--dataset", tmp_path / "bcsr", "--runs", tmp_path / "runs", "--output", output)
