@@ -13,7 +13,9 @@ MAX_ATTEMPTS the unit is not begun again but turned into its failure.
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -106,8 +108,12 @@ def start_ray(*, has_dashboard: bool = False) -> None:
             "dashboard_host": "127.0.0.1",
             "runtime_env": {"env_vars": variables},
         }
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+        # Ray puts one of its own in its place, with which a job that is stopped would just exit.
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     except (
         Exception
     ) as error:  # Ray raises whatever went wrong, from ConnectionError to RuntimeError

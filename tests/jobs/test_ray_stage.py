@@ -2,6 +2,7 @@
 
 import inspect
 import ipaddress
+import signal
 from typing import Any
 
 import pytest
@@ -50,3 +51,21 @@ def test_rays_dashboard_is_bound_to_this_machine(
     # Who starts Ray by hand gets the same unless they ask for more.
     default = inspect.signature(ray_init).parameters["dashboard_host"].default
     assert ipaddress.ip_address(default).is_loopback
+
+
+def test_a_job_keeps_its_own_way_to_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_number: int, _frame: object) -> None:
+        """Of the job."""
+
+    def init(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray.data.DataContext, "get_current", lambda: type("Context", (), {})())
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        start_ray()
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
