@@ -62,7 +62,7 @@ def test_a_job_keeps_its_own_way_to_be_stopped(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray.data.DataContext, "get_current", lambda: type("Context", (), {})())
+    monkeypatch.setattr(ray.data.DataContext, "get_current", type("Context", (), {}))
     before = signal.signal(signal.SIGTERM, stop)
     try:
         start_ray()
