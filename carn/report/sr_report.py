@@ -46,6 +46,9 @@ MAX_PRINTED_ROWS = 60
 MAX_PICTURE_BYTES = 24 * 2**20
 # A step at the border this much above all others is taken for a seam; below, it is tissue.
 MIN_SEAM_EXCESS = 0.1
+# And no less than this, in grey levels: on glass, where hardly anything differs, JPEG alone makes
+# one border of its squares differ more than the next.
+MIN_SEAM_LEVELS = 0.5
 # JPEG codes squares of so many px. Source: ITU-T T.81, A.1.1, https://www.w3.org/Graphics/JPEG/
 JPEG_BLOCK_PX = 8
 PLOT_SIZE_IN = (6.4, 2.9)
@@ -303,7 +306,8 @@ def judge_seam(seam: Seam) -> tuple[bool, str]:
     others = [step for place, step in zip(seam.distance_px, seam.step, strict=True) if place != 0]
     if not across or not others:
         return True, "There is no distance 0 to judge."
-    is_flat = across[0] <= (1 + MIN_SEAM_EXCESS) * max(others)
+    excess = across[0] - max(others)
+    is_flat = excess <= max(MIN_SEAM_EXCESS * max(others), MIN_SEAM_LEVELS)
     return is_flat, (
         f"{'No seam' if is_flat else 'A seam'}: across a block border {across[0]:.2f} grey levels, "
         f"beside it {min(others):.2f}–{max(others):.2f}."

@@ -322,6 +322,9 @@ def test_a_seam_is_a_step_above_all_others() -> None:
     jpeg = dataclasses.replace(STEEP, step=(8.5, *STEEP.step[1:]))
     assert judge_seam(jpeg)[0]
     nowhere = dataclasses.replace(STEEP, distance_px=tuple(at + 100 for at in STEEP.distance_px))
+    # Glass of a real slide: a tenth of a grey level more than at the next border of JPEG's squares.
+    glass = Seam(distance_px=(-16, -8, 0, 8, 16), step=(0.36, 0.16, 0.57, 0.12, 0.47), baseline=0.2)
+    assert judge_seam(glass)[0]
     assert judge_seam(nowhere) == (True, "There is no distance 0 to judge.")
 
 
