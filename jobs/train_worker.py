@@ -33,8 +33,8 @@ from jobs.metrics import TrainingMeters
 
 # Windows of patches that one task of a stream reads: some tens of MB come back.
 WINDOWS_PER_TASK = 4
-# Seconds for which workers may wait for their places on the cluster.
-START_TIMEOUT_S = 900
+# Failed starts of workers that are borne for each of their failures at work.
+STARTS_PER_FAILURE = 10
 # Seconds without a window read after which a stream gives up, and its run begins another attempt.
 NO_PROGRESS_S = 300
 
@@ -56,15 +56,16 @@ class WorkerTask:
 
 
 def failure_config(max_failures: int) -> FailureConfig:
-    """That lost workers are replaced so often, and so often those that never begin.
+    """That lost workers are replaced so often, and those that never begin some times as often.
 
-    Left to itself, Ray Train starts workers that die while they start for ever. It counts with them
-    those that find no place in time; where nodes have to be started first, that takes minutes.
+    Left to itself, Ray Train starts workers for ever that die while they start. With them it counts
+    those that found no place within a minute: nodes that have to be started first take minutes. (The
+    minute must not grow: it is after it that a run goes on with fewer workers.)
     """
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    num_starts = -1 if max_failures < 0 else STARTS_PER_FAILURE * max(1, max_failures)
     return FailureConfig(
         max_failures=max_failures,
-        controller_failure_limit=max_failures,  # type: ignore[call-arg]
+        controller_failure_limit=num_starts,  # type: ignore[call-arg]
     )
 
 

@@ -200,9 +200,9 @@ def test_a_trial_whose_workers_die_is_listed_and_tried_by_the_next_run(lab: Path
         time.sleep(0.05)
     said, log = process.communicate()
     assert process.returncode == 1, log
-    # One that dies while it starts and one that dies at work are replaced, once each; Tune makes no
-    # attempt beyond those.
-    assert 2 <= len(killed) <= 3, log
+    # One that dies at work is replaced once, those that die while they start ten times; Tune makes
+    # no attempt beyond those.
+    assert 2 <= len(killed) <= 12, log
     assert "0 trials done, 0 stopped early, 1 failed" in said
     (row,) = trials(lab)
     assert row["state"] == "failed"
