@@ -59,7 +59,7 @@ def failure_config(max_failures: int) -> FailureConfig:
     """That lost workers are replaced so often, and those that never begin some times as often.
 
     Left to itself, Ray Train starts workers for ever that die while they start. With them it counts
-    those that found no place within a minute: nodes that have to be started first take minutes. (The
+    those that found no place within a minute, and nodes that are to be started take minutes. (That
     minute must not grow: it is after it that a run goes on with fewer workers.)
     """
     num_starts = -1 if max_failures < 0 else STARTS_PER_FAILURE * max(1, max_failures)
