@@ -191,14 +191,16 @@ def test_hopeless_runs_end_early_and_go_on_when_that_is_wanted(lab: Path) -> Non
 @pytest.mark.slow
 def test_a_trial_whose_workers_die_is_listed_and_tried_by_the_next_run(lab: Path) -> None:
     job = command(lab, "--only", "reduction=2", "--max-failures", "1")
-    process = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Not to pipes, which nobody would empty meanwhile: every death fills some pages.
+    with (lab / "said").open("w") as said_file, (lab / "log").open("w") as log_file:
+        process = subprocess.Popen(job, stdout=said_file, stderr=log_file)
     killed: set[int] = set()
     while process.poll() is None:
         for worker in train_workers([process.pid]):
             killed.add(worker.pid)
             worker.kill()
         time.sleep(0.05)
-    said, log = process.communicate()
+    said, log = (lab / "said").read_text(), (lab / "log").read_text()
     assert process.returncode == 1, log
     # One that dies at work is replaced once, those that die while they start ten times; Tune makes
     # no attempt beyond those.
