@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 YScale = Literal["linear", "log", "from zero"]
 
 # What page.COLOURS has no use for; train.html, sweep.html and classify.html of the templates hold
-# the variables of these names, with which the curves follow the page into the dark theme. Source: Okabe and Ito, https://jfly.uni-koeln.de/color/
+# the variables of these names, with which the curves follow the page into the dark theme.
+# Source: Okabe and Ito, https://jfly.uni-koeln.de/color/
 CURVE_COLOURS: Mapping[str, str] = {
     "green": "#009e73",
     "purple": "#cc79a7",
