@@ -27,6 +27,7 @@ from carn.capacity_rates import (
     READER_MB,
     ROOFLINE_MS,
     ROOFLINE_SHARE,
+    SLIDE,
     START,
     TASKS,
     TWO_CORES,
@@ -292,6 +293,7 @@ def rates_of(question: Question) -> dict[str, Rate]:
         "enlarge": ENLARGE,
         "upload": UPLOAD,
         "finish": FINISH,
+        "slide": SLIDE,
         "tasks": TASKS,
         "start": START,
         "actor_memory": ACTOR_MB[device],
@@ -336,6 +338,7 @@ def demand_of(question: Question, rates: Mapping[str, Rate]) -> SlideDemand:
         "encode": lr_mpx * scale**2 / rates["encode"].value,
         "upload": (inferred + enlarged) * by_area * rates["upload"].value,
         "finish": num_blocks * rates["finish"].value,
+        "slide": rates["slide"].value,
     }
     infer_s = inferred / rates["engine"].value
     if question.cpu_only:

@@ -77,6 +77,12 @@ FINISH = Rate(
     kind="noted",
     source="super_resolve.py: 0.5 s for the commit of a slide of 12 blocks; taken as proportional",
 )
+SLIDE = Rate(
+    value=2 / 4.5,
+    unit="core-s/slide",
+    kind="measured",
+    source=f"night_load.py: 4.3 to 4.8 slides of 300 x 300 px a second, {TWO_CORES}",
+)
 TASKS = Rate(
     value=36,
     unit="tasks/s",

@@ -233,6 +233,27 @@ def test_the_recorded_job_is_predicted() -> None:
     assert predicted == pytest.approx(float(recorded), rel=0.15)
 
 
+def test_a_night_of_small_slides_is_predicted() -> None:
+    ((before, after),) = re.findall(
+        r"on two quiet cores: ([\d.]+) slides a\s+second before it and ([\d.]+) after", BENCHMARKS
+    )
+    assert capacity.SLIDE.value == pytest.approx(2 / ((float(before) + float(after)) / 2), rel=0.02)
+    # Its network is so small that inferring takes no time.
+    question = Question(
+        slides=1000,
+        cpu_only=True,
+        cores_per_node=2,
+        utilization=1.0,
+        slide_px=(300, 300),
+        tissue_share=1.0,
+        input_tile_px=256,
+        engine_mpx_per_s=50,
+    )
+    answer = plan(question)
+    slides_per_s = answer.lr_mpx_per_s_per_node / answer.slide.lr_mpx
+    assert slides_per_s == pytest.approx(float(after), rel=0.15)
+
+
 def test_measured_rates_are_those_of_the_benchmarks() -> None:
     def figure(pattern: str) -> float:
         (found,) = re.findall(pattern, BENCHMARKS)
