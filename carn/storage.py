@@ -122,6 +122,15 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def is_text(uri: str) -> bool:
+    """Whether a name is text. A file's may be any bytes, which no table and no key can hold."""
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_below(path: object) -> bool:
     """Whether this is a path that, put below a folder, stays there, and that has one spelling."""
     return isinstance(path, str) and all(part not in ("", ".", "..") for part in path.split("/"))

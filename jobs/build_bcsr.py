@@ -22,7 +22,7 @@ import logging
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -187,7 +187,7 @@ def build_dataset(
     """All stages from positions to the committed manifest, which is returned."""
     # A place that cannot be written is better known now than after all the measuring.
     storage.write_bytes(storage.join(output, "_work", "begun"), b"")
-    failures = _missing_failures(source.missing)
+    failures = _missing_failures(source.missing) + _unnameable_failures(source.unnameable)
     empty_slides: list[str] = []
     if job.images:
         units = list(_image_units(job, source, output))
@@ -542,6 +542,14 @@ def _missing_failures(missing: dict[str, int]) -> list[dict[str, Any]]:
         {"slide": name, "uri": None, "x_l0": None, "y_l0": None, "num_tiles": count}
         | {"stage": "resolve", "reason": "no file of that name among the slides"}
         for name, count in sorted(missing.items())
+    ]
+
+
+def _unnameable_failures(unnameable: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"slide": storage.stem_of(uri), "uri": uri, "x_l0": None, "y_l0": None, "num_tiles": 0}
+        | {"stage": "resolve", "reason": "its name is no UTF-8 text; rename it"}
+        for uri in unnameable
     ]
 
 

@@ -75,6 +75,15 @@ def test_a_key_that_leads_out_of_its_folder_is_no_output_name(
     assert all(item.problem for item in globbed)
 
 
+def test_a_name_that_is_no_text_is_a_problem(tmp_path: Path) -> None:
+    for name in (b"a.tif", b"b\xff.tif"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"")
+    good, bad = find_inputs([str(tmp_path)])
+    assert good.problem is None
+    assert "is no UTF-8 text; rename it" in (bad.problem or "")
+    assert (bad.problem or "").isprintable()
+
+
 def test_companions_whose_keys_lead_out_of_the_cache_are_not_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ class Source:
         positions: columns of LOCATED, when lists say where tiles lie; else None.
         annotations: the annotation of a slide, by the slide's name.
         missing: positions listed on slides that are not there, by the name they are listed under.
+        unnameable: files that are left out because their names are no text, as Python writes them.
         lists: the identity of each coordinate list or annotation, by its URI.
         digest: changes when a slide or list that is used comes, goes or is replaced.
     """
@@ -47,6 +48,7 @@ class Source:
     positions: pa.Table | None
     annotations: dict[str, str]
     missing: dict[str, int]
+    unnameable: tuple[str, ...]
     lists: dict[str, str]
     digest: str
 
@@ -60,9 +62,10 @@ def find_images(root: str) -> Source:
     root = storage.normalize(root)
     found = storage.list_objects(storage.join(root, "HR")) or storage.list_objects(root)
     uris = [item.uri for item in found if item.uri.lower().endswith(IMAGE_SUFFIXES)]
+    uris, unnameable = _parted(uris)
     if not uris:
         raise StorageError(root, f"no images here ({', '.join(IMAGE_SUFFIXES)})")
-    return _source(name_slides(uris))
+    return _source(name_slides(uris), unnameable=unnameable)
 
 
 def find_slides(roots: Sequence[str], *, annotations: str | None = None) -> Source:
@@ -72,16 +75,16 @@ def find_slides(roots: Sequence[str], *, annotations: str | None = None) -> Sour
         StorageError: there are no slides, or storage does not answer.
         CoordinateError: no annotation belongs to a slide, or one to two.
     """
-    names = _name_slides_below(roots)
+    names, unnameable = _name_slides_below(roots)
     if annotations is None:
-        return _source(names)
+        return _source(names, unnameable=unnameable)
     found = find_annotations(annotations, names)
     if not found:
         raise CoordinateError(
             f"{annotations} holds no annotation (.xml or .json) named as a slide, such as "
             f"{storage.stem_of(next(iter(names)))!r}"
         )
-    return _source(names, annotations=found, lists=sorted(found.values()))
+    return _source(names, annotations=found, lists=sorted(found.values()), unnameable=unnameable)
 
 
 def find_listed(
@@ -99,7 +102,8 @@ def find_listed(
         CoordinateError: a list is malformed, or no slide that is listed is there.
         StorageError: there are no slides, or storage does not answer.
     """
-    names = _name_slides_below(roots)
+    # A list is text, and cannot mean a slide whose name is none.
+    names, _ = _name_slides_below(roots)
     lists = [storage.normalize(uri) for uri in coordinates]
     listed = pa.concat_tables(
         [_read_list(uri, csv_anchor=csv_anchor, tile_px=tile_px) for uri in lists]
@@ -125,11 +129,20 @@ def find_listed(
     return _source(used, positions=named, missing=num_missing, lists=lists)
 
 
-def _name_slides_below(roots: Sequence[str]) -> dict[str, str]:
-    uris = list_slides(roots)
+def _name_slides_below(roots: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The name of each slide, and the files whose names are no text."""
+    uris, unnameable = _parted(list_slides(roots))
     if not uris:
         raise StorageError(" ".join(roots), "no slides here (by their file names' extensions)")
-    return name_slides(uris)
+    return name_slides(uris), unnameable
+
+
+def _parted(uris: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Those that are text, and how Python writes those that are not."""
+    unnameable = tuple(
+        uri.encode(errors="backslashreplace").decode() for uri in uris if not storage.is_text(uri)
+    )
+    return [uri for uri in uris if storage.is_text(uri)], unnameable
 
 
 def _read_list(uri: str, *, csv_anchor: Anchor | None, tile_px: int) -> pa.Table:
@@ -150,6 +163,7 @@ def _source(
     positions: pa.Table | None = None,
     annotations: dict[str, str] | None = None,
     missing: dict[str, int] | None = None,
+    unnameable: tuple[str, ...] = (),
     lists: Sequence[str] = (),
 ) -> Source:
     hashes = {uri: storage.content_hash(uri, max_bytes=MAX_LIST_BYTES) for uri in lists}
@@ -158,6 +172,7 @@ def _source(
         positions=positions,
         annotations=annotations or {},
         missing=missing or {},
+        unnameable=unnameable,
         lists=hashes,
         digest=_digest(list(names), hashes),
     )

@@ -104,7 +104,9 @@ def _listed(found: ObjectStat, base: str, *, is_image: bool) -> SlideInput:
     name = _name(found.uri, base)
     # An object's key may hold "..", which leads out of a folder of the same name on a disk.
     problem = _problem_of(name)
-    if problem is not None:
+    if not storage.is_text(found.uri):
+        problem = f"name {found.uri!r} is no UTF-8 text; rename it"
+    elif problem is not None:
         problem += "; rename it, or name it otherwise in a .csv manifest (uri,name)"
     return SlideInput(
         uri=found.uri,

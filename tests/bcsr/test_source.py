@@ -1,5 +1,6 @@
 """What a build starts from, and what is said before any work begins."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,15 @@ def test_the_digest_follows_what_is_used_and_nothing_else(lab: Path, write_slide
     assert edited != before
     write_slide("other.tif", extent=(200, 150), seed=9).rename(lab / "slides" / "S_1.tif")
     assert listed(lab).digest not in (before, edited)
+
+
+def test_a_name_that_is_no_text_is_left_out_and_told(lab: Path) -> None:
+    odd = os.fsencode(lab / "slides") + b"/S_\xff.tif"
+    Path(os.fsdecode(odd)).write_bytes((lab / "slides" / "S_1.tif").read_bytes())
+    source = find_slides([str(lab / "slides")])
+    assert sorted(source.names.values()) == ["S_1", "S_2", "S_3"]
+    assert source.unnameable == (f"{lab}/slides/S_\\udcff.tif",)
+    assert not listed(lab).unnameable  # no list can mean it
 
 
 def test_annotations_and_grids(lab: Path) -> None:
