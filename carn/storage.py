@@ -12,10 +12,11 @@ import os
 import random
 import re
 import stat as file_stat
+import sys
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -46,6 +47,10 @@ FINGERPRINT_BYTES = 64 * 1024
 CREATE_ATTEMPTS = 10
 
 # Ends the hidden name of a file that is being written.
+# Names that one request lists, and stretches of names that are listed at the same time.
+# Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+PAGE = 1000
+NUM_LISTING_THREADS = 16
 UNFINISHED_SUFFIX = ".carn-part"
 
 # What no name may hold: it would end a line of a log, steer a terminal, or end the name.
@@ -274,22 +279,59 @@ def list_prefix(uri: str) -> list[ObjectStat]:
     return sorted(stats, key=lambda found: found.uri)
 
 
-def _list_s3(uri: str) -> list[ObjectStat]:
+def list_among(uri: str, names: Iterable[str]) -> list[ObjectStat]:
+    """What lies below an `s3://` prefix from the first to the last of some names, and all between.
+
+    Where the names are many, the stretches between some of them are listed at the same time: a
+    listing gives a thousand names a request, and asks for the next thousand only then.
+
+    Args:
+        uri: the prefix.
+        names: URIs below it. What begins with the last of them is found, too.
+
+    Raises:
+        AccessDeniedError, StorageError: as `stat`.
+    """
+    ordered = sorted(names)
+    if not ordered:
+        return []
+    num_parts = max(1, min(NUM_LISTING_THREADS, len(ordered) // PAGE))
+    firsts = [ordered[number * len(ordered) // num_parts] for number in range(num_parts)]
+    ends = [*firsts[1:], ordered[-1] + chr(sys.maxunicode)]
+    with ThreadPoolExecutor(num_parts) as pool:
+        parts = pool.map(lambda first, end: _list_s3(uri, first=first, end=end), firsts, ends)
+        return [item for part in parts for item in part]
+
+
+def _list_s3(uri: str, *, first: str | None = None, end: str | None = None) -> list[ObjectStat]:
+    """Objects below a prefix, ordered; from a URI on, and before another, where these are given."""
     bucket, prefix = split_s3(uri)
+    found: list[ObjectStat] = []
+    # S3 begins after a name: what that of the first begins with comes before it.
+    after = {} if first is None else {"StartAfter": split_s3(first)[1][:-1]}
     with s3_errors(uri.rstrip("/")):
         pages = s3_client().get_paginator("list_objects_v2")
-        found = [
-            ObjectStat(
-                uri=f"s3://{bucket}/{item['Key']}",
-                size=item["Size"],
-                etag=item["ETag"].strip('"'),
-                modified=item["LastModified"].astimezone(UTC),
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix, **after):
+            found += (
+                ObjectStat(
+                    uri=f"s3://{bucket}/{item['Key']}",
+                    size=item["Size"],
+                    etag=item["ETag"].strip('"'),
+                    modified=item["LastModified"].astimezone(UTC),
+                )
+                for item in page.get("Contents", [])
+                if not item["Key"].endswith("/")
             )
-            for page in pages.paginate(Bucket=bucket, Prefix=prefix)
-            for item in page.get("Contents", [])
-            if not item["Key"].endswith("/")
-        ]
-    return sorted(found, key=lambda item: item.uri)
+            if end is not None and found and found[-1].uri >= end:
+                break
+    return sorted(
+        (
+            item
+            for item in found
+            if (first is None or item.uri >= first) and (end is None or item.uri < end)
+        ),
+        key=lambda item: item.uri,
+    )
 
 
 def _leads_back(folder: Path) -> bool:

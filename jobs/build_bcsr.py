@@ -54,6 +54,7 @@ from carn.report.bcsr_report import render
 from carn.report.bcsr_summary import Place, slides_to_show, summarize, tiles_to_show
 from jobs.metrics import meters
 from jobs.ray_stage import StageRunner, start_ray
+from jobs.stopping import stopped_by_sigterm
 
 logger = logging.getLogger("build_bcsr")
 
@@ -600,7 +601,8 @@ def cli() -> int:
         print(f"build_bcsr: {error}", file=sys.stderr)
         return 2
     try:
-        return main(job)
+        with stopped_by_sigterm():
+            return main(job)
     except CarnError as error:
         print(f"build_bcsr: {error}", file=sys.stderr)
         return 2

@@ -45,11 +45,13 @@ from carn.errors import (
     StorageError,
 )
 from carn.log_lines import start_logging
+from carn.models.checkpoint import checkpoint_uri
 from carn.processor import KEEPING_ENVIRONMENT
 from jobs.monitor import Monitor
 from jobs.ray_stage import ClusterError, start_ray
+from jobs.stopping import stopped_by_sigterm
 from jobs.train_worker import NodeAddressTorchConfig, failure_config
-from jobs.trainer import cause_of, fit_showing
+from jobs.trainer import LostWorkersError, cause_of, fit_showing
 
 logger = logging.getLogger("classify")
 
@@ -118,7 +120,7 @@ class ClassifyJob:
         return StudyConfig(
             dataset=self.dataset and storage.normalize(self.dataset),
             pcam=self.pcam and storage.normalize(self.pcam),
-            models=tuple(map(storage.normalize, self.models)),
+            models=tuple(map(checkpoint_uri, self.models)),
             output=storage.normalize(self.output),
             train_on=self.train_on,
             crops=self.crops,
@@ -317,8 +319,9 @@ def parse(arguments: Sequence[str] | None = None) -> ClassifyJob:
 def cli() -> int:
     """Parse the command line, run, and turn expected errors into one line each."""
     try:
-        return main(parse())
-    except ClassifierDivergedError as error:
+        with stopped_by_sigterm():
+            return main(parse())
+    except (ClassifierDivergedError, LostWorkersError) as error:
         print(f"classify: {error}", file=sys.stderr)
         return 1
     except (CarnError, ValueError) as error:

@@ -66,6 +66,7 @@ from carn.report.page import plural
 from carn.training.tiles import dataset_digest
 from carn.version import code_version
 from jobs.ray_stage import ClusterError, progress, start_ray
+from jobs.stopping import stopped_by_sigterm
 from jobs.trainer import failure_text
 
 logger = logging.getLogger("evaluate")
@@ -598,7 +599,8 @@ def cli() -> int:
     """Parse the command line, run, and turn expected errors into one line each."""
     try:
         job = tyro.cli(EvaluateJob, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-        return main(job)
+        with stopped_by_sigterm():
+            return main(job)
     except (CarnError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2

@@ -106,17 +106,18 @@ class ClusterConfig:
 class SuperResolveJob:
     """What `super_resolve.py` is asked to do."""
 
-    checkpoint: str
-    """Training run, checkpoint or .safetensors file, local or s3://."""
     output: str
     """Folder or s3:// prefix of the super-resolved slides."""
+    checkpoint: str | None = None
+    """Training run, checkpoint or .safetensors file, local or s3://, or the name of a network that
+    comes with the project; None for the one that does at this scale, such as carn-x2."""
     slides: tuple[str, ...] = ()
     """Slides: folders or s3:// prefixes, searched at any depth; globs; files; or manifests: a .txt
     with a URI on each line, a .csv with the header uri[,mpp][,name]."""
     images: tuple[str, ...] = ()
     """Plain images (PNG, JPEG, TIFF) likewise, which need not say their MPP."""
     scale: int | None = None
-    """What the checkpoint must be made for; None for whatever it is."""
+    """What the checkpoint must be made for; None for whatever it is, and 2 without one."""
     input: InputConfig = field(default_factory=InputConfig)
     pixels: PixelConfig = field(default_factory=PixelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -14,6 +14,7 @@ import ray
 from carn import storage
 from carn.errors import CheckpointError, StorageError
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
+from carn.models.shipped import shipped_for
 from carn.report.sr_records import SlideSummary, Status
 from carn.slides.provenance import read_provenance
 from carn.upscaling.engine import reference_engine
@@ -62,7 +63,7 @@ def check_checkpoint(job: SuperResolveJob) -> tuple[Checkpoint, int]:
     Raises:
         CheckpointError: there is none, it is damaged, or made for another scale.
     """
-    checkpoint = read_checkpoint(job.checkpoint)
+    checkpoint = read_checkpoint(job.checkpoint or shipped_for(job.scale))
     if job.scale not in (None, checkpoint.scale):
         raise CheckpointError(
             f"{checkpoint.uri} super-resolves x{checkpoint.scale}; --scale {job.scale} was asked "

@@ -19,13 +19,9 @@ Examples:
 
 import json
 import logging
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 # `python jobs/super_resolve.py` puts jobs/ on the path, not the folder that holds carn/ and jobs/.
@@ -40,6 +36,7 @@ from carn.upscaling.inputs import find_inputs
 from jobs.sr_config import SuperResolveJob
 from jobs.sr_night import Night, check_checkpoint
 from jobs.sr_tally import slide_logger
+from jobs.stopping import stopped_by_sigterm
 
 logger = logging.getLogger("super_resolve")
 
@@ -56,9 +53,8 @@ def main(job: SuperResolveJob) -> int:
         print(night.forecast(), flush=True)
         return 0
     try:
-        with _stopped_by_sigterm():
-            night.begin()
-            night.work()
+        night.begin()
+        night.work()
     except KeyboardInterrupt:
         night.stopped = "interrupted"
     except Exception as error:
@@ -104,20 +100,6 @@ class JsonLines(logging.Formatter):
         return json.dumps(content)
 
 
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """`ray job stop`, systemd and Kubernetes end a job by SIGTERM: as Ctrl-C, in good order."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def cli() -> int:
     """Parse the command line, run, and turn expected errors into one line each."""
     try:
@@ -126,7 +108,8 @@ def cli() -> int:
         print(f"super_resolve: {error}", file=sys.stderr)
         return 2
     try:
-        return main(job)
+        with stopped_by_sigterm():
+            return main(job)
     except (CarnError, ValueError) as error:
         print(f"super_resolve: {error}", file=sys.stderr)
         return 2

@@ -50,8 +50,9 @@ from carn.training.run_folder import RunFolder
 from carn.training.tiles import dataset_digest
 from jobs.monitor import Monitor
 from jobs.ray_stage import ClusterError, start_ray
+from jobs.stopping import stopped_by_sigterm
 from jobs.train_worker import WorkerTask, make_trainer
-from jobs.trainer import cause_of, fatal_of, fit_showing
+from jobs.trainer import LostWorkersError, cause_of, fatal_of, fit_showing
 
 logger = logging.getLogger("train")
 
@@ -98,8 +99,9 @@ class TrainJob:
     """What all that is not said otherwise is taken from. `paper`: every network as the CARN paper
     trained it. `own`: as the network's own authors did, where that is known to differ."""
     config: str | None = None
-    """YAML file with settings of training by name, such as a sweep's best; options given beside it
-    go before it."""
+    """YAML or JSON file with settings of training by name, such as a sweep's best, another run's
+    config.json, or the recipe of a network that comes with the project; options given beside it go
+    before it."""
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
@@ -320,7 +322,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainJob:
 
 
 def read_settings(uri: str) -> dict[str, Any]:
-    """Settings by name from a YAML file.
+    """Settings by name from a YAML file: at its top, or below `config`, beside other things.
 
     Raises:
         ValueError: it is no YAML, or not of names and values.
@@ -332,7 +334,7 @@ def read_settings(uri: str) -> dict[str, Any]:
         raise ValueError(f"--config {uri} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {uri} must hold settings by name, as `steps: 1000`")
-    return content
+    return content["config"] if isinstance(content.get("config"), dict) else content
 
 
 def cli() -> int:
@@ -343,8 +345,9 @@ def cli() -> int:
         print(f"train: {error}", file=sys.stderr)
         return 2
     try:
-        return main(job)
-    except DivergedError as error:
+        with stopped_by_sigterm():
+            return main(job)
+    except (DivergedError, LostWorkersError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     except (CarnError, ValueError) as error:

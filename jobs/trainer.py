@@ -13,6 +13,10 @@ from carn.errors import RunError
 POLL_S = 0.5
 
 
+class LostWorkersError(RunError):
+    """Workers were lost, or did not start, more often than they are replaced."""
+
+
 def call_in_thread(call: Callable[[], Any], *, meanwhile: Callable[[], None] | None = None) -> Any:
     """What a call returns, made in a thread of its own.
 
@@ -65,7 +69,7 @@ def cause_of(monitor: Any, error: Exception) -> Exception:
     with contextlib.suppress(ray.exceptions.RayError):
         if (fatal := fatal_of(monitor)) is not None:
             return fatal
-    return RunError(failure_text(error))
+    return LostWorkersError(failure_text(error))
 
 
 def failure_text(error: BaseException) -> str:

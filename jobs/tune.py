@@ -48,6 +48,7 @@ from carn.training.tiles import dataset_digest
 from carn.tuning.space import Point, Space, label_of, read_space
 from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial, steps_of
 from jobs.ray_stage import ClusterError, start_ray
+from jobs.stopping import stopped_by_sigterm
 from jobs.train import check_dataset
 from jobs.trainer import call_in_thread, failure_text
 from jobs.tune_trials import (
@@ -496,7 +497,8 @@ def parse(arguments: Sequence[str] | None = None) -> TuneJob:
 def cli() -> int:
     """Parse the command line, run, and turn expected errors into one line each."""
     try:
-        return main(parse())
+        with stopped_by_sigterm():
+            return main(parse())
     except (CarnError, ValueError) as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,8 @@ them. Processes that inherit the environment of a test (AWS_ENDPOINT_URL) go thr
 
 import http.client
 import re
+import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,12 +21,17 @@ from urllib.parse import parse_qs, urlsplit
 #   refuse        an error answer (503 SlowDown unless told otherwise); the server sees nothing
 #   error_in_200  a 200 answer with the error in its body; the server sees nothing
 #   drop          the connection closes without an answer; the server sees nothing
+#   reset         the connection is reset (RST); the server sees nothing
+#   refuse_after  the server does it, and an error is answered (500 InternalError)
 #   cut_upload    the connection closes half way through the request's body
 #   cut_answer    the server does it, half of its answer arrives: of the body, or, where there is
 #                 none, of the first line
 #   lose_answer   the server does it, the connection closes without an answer
 #   delay         the server does it, after a while
-Kind = Literal["refuse", "error_in_200", "drop", "cut_upload", "cut_answer", "lose_answer", "delay"]
+Kind = Literal[
+    *("refuse", "refuse_after", "error_in_200", "drop", "reset", "cut_upload", "cut_answer"),
+    *("lose_answer", "delay"),
+]
 
 # How each operation of S3 looks: method, whether it names an object, what its query has.
 # The first that fits is it.
@@ -154,6 +161,14 @@ class _Proxy(BaseHTTPRequestHandler):
         if kind == "drop":
             self.close_connection = True
             return
+        if kind == "reset":
+            # Closed at once, with what lingers thrown away: the client gets a RST.
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.rfile.close()
+            self.wfile.close()
+            self.connection.close()
+            raise ConnectionAbortedError("by order")
         if fault and kind in ("refuse", "error_in_200"):
             error = f"<Error><Code>{fault.code}</Code><Message>by order</Message></Error>"
             status = fault.status if kind == "refuse" else 200
@@ -166,6 +181,9 @@ class _Proxy(BaseHTTPRequestHandler):
         if kind == "lose_answer":
             self.close_connection = True
             return
+        if kind == "refuse_after":
+            text = b"<Error><Code>InternalError</Code><Message>by order</Message></Error>"
+            answer = self._answer(500, "By order", [("Content-Type", "application/xml")], text)
         if kind == "cut_answer":
             head = answer.index(b"\r\n\r\n") + 4
             # Not half of the headers: http.client takes those that came for all.

@@ -180,7 +180,12 @@ def test_an_endpoint_that_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("kind", ["refuse", "drop", "cut_upload", "cut_answer", "lose_answer"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("refuse", "refuse_after", "drop", "reset", "cut_upload", "cut_answer", "lose_answer"),
+    ],
+)
 def test_requests_of_every_kind_outlive_faults(faulty_s3: Any, kind: Any) -> None:
     uri = faulty_s3.bucket.uri("a/b.bin")
     num_faults = s3_connection.GET_ATTEMPTS - 1

@@ -278,7 +278,12 @@ def test_a_network_file_systems_lost_answer_counts_as_won(
 
 
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("kind", ["lose_answer", "cut_answer", "drop", "cut_upload", "refuse"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("lose_answer", "cut_answer", "drop", "reset", "cut_upload", "refuse", "refuse_after"),
+    ],
+)
 def test_a_creation_whose_answer_is_lost_is_ours(faulty_s3: Any, kind: Any) -> None:
     uri = faulty_s3.bucket.uri("a.json")
     faulty_s3.faults.add(kind, "PutObject", times=3)
@@ -334,6 +339,44 @@ def test_a_listing_goes_beyond_one_page(s3: Any) -> None:
         assert len(storage.list_objects(s3.uri("many"))) == 5
     finally:
         events.unregister(name, two_at_a_time)
+
+
+@pytest.mark.parametrize("page", [1, 3, 1000])
+def test_what_lies_among_names(s3: Any, monkeypatch: pytest.MonkeyPatch, page: int) -> None:
+    names = [
+        "A b",
+        "a",
+        "a.json",
+        "a/deep",
+        "a@1",
+        "b",
+        "c/1",
+        "c/10",
+        "c/2",
+        "é",
+        "ﬀ",
+        "😀",
+        "😀.2",
+    ]
+    for name in names:
+        s3.put(f"many/{name}", name.encode())
+    s3.put("many/_state/claims/a", b"")
+    s3.put("other", b"")
+    monkeypatch.setattr(storage, "PAGE", page)
+    every = [item.uri for item in storage.list_objects(s3.uri("many"))]
+    assert len(every) == len(names) + 1
+
+    def among(*wanted: str) -> list[str]:
+        found = storage.list_among(s3.uri("many/"), [s3.uri(f"many/{name}") for name in wanted])
+        return [item.uri.rpartition("many/")[2] for item in found]
+
+    ordered = sorted([*names, "_state/claims/a"])
+    assert among(*names) == ordered
+    assert among(*reversed(names)) == ordered
+    assert among("b", "c/1") == ["b", "c/1", "c/10"]
+    assert among("a", "nowhere", "c") == [name for name in ordered if "a" <= name < "o"]
+    assert among("aa") == []
+    assert among() == []
 
 
 @pytest.mark.slow

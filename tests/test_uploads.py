@@ -430,7 +430,10 @@ def begun(faulty_s3: Any, *, num_parts: int = 2) -> tuple[str, str, list[Part], 
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize(
     ("kind", "times"),
-    [("refuse", 3), ("drop", 2), ("cut_upload", 2), ("cut_answer", 2), ("lose_answer", 2)],
+    [
+        *(("refuse", 3), ("refuse_after", 3), ("drop", 2), ("reset", 2), ("cut_upload", 2)),
+        *(("cut_answer", 2), ("lose_answer", 2)),
+    ],
 )
 @pytest.mark.parametrize(
     "operation", ["UploadPart", "CompleteMultipartUpload", "ListParts", "CreateMultipartUpload"]
@@ -465,10 +468,13 @@ def test_an_error_inside_a_good_answer_is_an_error(faulty_s3: Any) -> None:
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_a_completion_whose_every_answer_is_lost_is_found_done_later(faulty_s3: Any) -> None:
+@pytest.mark.parametrize("kind", ["lose_answer", "refuse_after"])
+def test_a_completion_whose_every_answer_is_lost_is_found_done_later(
+    faulty_s3: Any, kind: Any
+) -> None:
     uri, upload_id, parts, contents = begun(faulty_s3)
-    faulty_s3.faults.add("lose_answer", "CompleteMultipartUpload", times=100)
-    with pytest.raises(StorageError, match="cannot be reached"):
+    faulty_s3.faults.add(kind, "CompleteMultipartUpload", times=100)
+    with pytest.raises(StorageError):
         uploads.complete(uri, upload_id, parts)
     assert is_joined(uri, contents)
     faulty_s3.faults.clear()

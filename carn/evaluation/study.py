@@ -33,7 +33,13 @@ from carn.evaluation.lpips import Lpips, load_lpips
 from carn.evaluation.published import architecture_changes, loss_changes, loss_of, row_of
 from carn.evaluation.scoring import SCORES, Protocol, score_tiles
 from carn.evaluation.timing import Timing, paper_lr_px, time_model
-from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
+from carn.models.checkpoint import (
+    Checkpoint,
+    checkpoint_hash,
+    checkpoint_uri,
+    load_model,
+    read_checkpoint,
+)
 from carn.models.table import MODELS, ModelName, build_model
 from carn.slides.slide import Rgb
 from carn.training.recipes import flat
@@ -161,7 +167,7 @@ def find_entrants(uris: Sequence[str]) -> tuple[list[Entrant], list[Entrant]]:
     entrants: list[Entrant] = []
     left_out: list[Entrant] = []
     for uri in uris:
-        place = storage.normalize(uri).rstrip("/")
+        place = checkpoint_uri(uri)
         runs = _runs_of(place)
         found = [_entrant_of(run) for run in runs]
         finished = [entrant for entrant in found if runs == [place] or not entrant.is_unfinished]

@@ -6,7 +6,8 @@ that is torn, or mixed of two, does not load. The weights' own header says the a
 the weights file loads alone. Nothing is ever unpickled.
 
 A training run's folder holds checkpoints and two pointers to them, `best.json` and `last.json`.
-Where a checkpoint is asked for, the run's folder stands for its best.
+Where a checkpoint is asked for, the run's folder stands for its best, and the name of a network
+that comes with the project (`carn.models.shipped`) for that network.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from torch import nn
 from carn import storage
 from carn.errors import CheckpointError, MissingObjectError
 from carn.models.pickled import MAX_WEIGHTS_BYTES
+from carn.models.shipped import place_of, shipped_uri
 from carn.models.weights import (
     FORMAT,
     FORMAT_VERSION,
@@ -49,7 +51,8 @@ class Checkpoint:
     """What a checkpoint is, without its weights.
 
     Attributes:
-        uri: its folder, or the weights file where there is no more than that.
+        uri: its folder, or the weights file where there is no more than that; `shipped:<name>`
+            for one that comes with the project, which each machine has in a place of its own.
         model_name: architecture, a key of MODELS.
         model_config: the architecture's config, as JSON has it.
         scale: SR factor.
@@ -178,7 +181,8 @@ def read_checkpoint(uri: str) -> Checkpoint:
 
     Args:
         uri: the folder, its `checkpoint.json` or `model.safetensors`, a weights file alone, a run's
-            folder (its best checkpoint), or a run's `best.json` or `last.json`.
+            folder (its best checkpoint), a run's `best.json` or `last.json`, or the name of a
+            network that comes with the project.
 
     Raises:
         CheckpointError: there is none, it is not whole, or it is of another format.
@@ -277,9 +281,21 @@ def checkpoint_hash(checkpoint: str | Checkpoint) -> str:
     return f"sha256:{checkpoint.weights_sha256}"
 
 
+def checkpoint_uri(uri: str) -> str:
+    """The one spelling of what names a checkpoint: `shipped:<name>`, else as storage has it.
+
+    Raises:
+        CheckpointError: both a network that comes with the project and a path here are meant.
+        UriError: as `storage.normalize`.
+    """
+    return shipped_uri(uri) or storage.normalize(uri).rstrip("/")
+
+
 def _located(uri: str) -> str:
     """The checkpoint's folder, or the lone weights file, that a name means."""
-    uri = storage.normalize(uri).rstrip("/")
+    uri = checkpoint_uri(uri)
+    if place_of(uri) != uri:
+        return uri
     folder, _, name = uri.rpartition("/")
     if name == CHECKPOINT:
         return folder
@@ -311,7 +327,7 @@ def _is_weights(uri: str) -> bool:
 
 def _read(uri: str, *, owner: str) -> bytes:
     try:
-        return storage.read_bytes(uri, max_bytes=MAX_WEIGHTS_BYTES)
+        return storage.read_bytes(place_of(uri), max_bytes=MAX_WEIGHTS_BYTES)
     except MissingObjectError as error:
         name = storage.name_of(uri)
         raise CheckpointError(

@@ -21,6 +21,7 @@ from torch import nn
 from carn import storage
 from carn.errors import CarnError, MissingObjectError, SlideError
 from carn.models.checkpoint import checkpoint_hash, load_model, read_checkpoint
+from carn.models.shipped import shipped_for
 from carn.slides.image import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from carn.slides.slide import MAX_REGION_PX, Rgb
 from carn.slides.slide_output import NOTICE
@@ -52,11 +53,11 @@ Outcome = Literal["written", "skipped", "failed"]
 class UpscaleImages:
     """Super-resolve plain images: PNG, JPEG, TIFF, ... in, PNG out as <stem>_x<scale>.png."""
 
-    checkpoint: str
-    """Folder or prefix of a training run (its best checkpoint) or checkpoint, or a .safetensors
-    file."""
     output: str
     """Folder or prefix that the results go to."""
+    checkpoint: str | None = None
+    """Folder or prefix of a training run (its best checkpoint) or checkpoint, a .safetensors file,
+    or the name of a network that comes with the project; None for that network at x2."""
     input: InputConfig = field(default_factory=InputConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     overwrite: bool = False
@@ -86,7 +87,7 @@ def upscale_images(
         StorageError: storage does not answer.
     """
     uris = list_images(images)
-    checkpoint = read_checkpoint(config.checkpoint)
+    checkpoint = read_checkpoint(config.checkpoint or shipped_for(None))
     model = load_model(checkpoint)
     engine = make_engine(model, config.engine)
     weights = checkpoint_hash(checkpoint)

@@ -27,11 +27,8 @@ from carn.upscaling.task import SlideTask, key_of
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 16
-# Objects a finished slide has: itself, its two notes, and the note that it is done.
-OBJECTS_A_SLIDE = 4
-# Objects that one request lists.
-# Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
-PAGE = 1000
+# Objects a finished slide has at its place: itself, and its two notes.
+OBJECTS_A_SLIDE = 3
 # Of a work folder whose slide has been, or is about to be, committed.
 COMMIT = "commit.npz"
 # In a work folder: what is to lie beside the slide, by the end of its name.
@@ -154,7 +151,10 @@ def judge(tasks: Sequence[SlideTask], *, overwrite: bool) -> list[tuple[Status, 
         done = {item.uri for task in tasks for item in storage.list_prefix(task.done_uri)}
     else:
         below = storage.join(tasks[0].output, "_state", "done")
-        done = {item.uri for item in storage.list_objects(below)}
+        uris = [task.done_uri for task in tasks]
+        is_s3 = storage.is_s3(below)
+        found = storage.list_among(below, uris) if is_s3 else storage.list_objects(below)
+        done = {item.uri for item in found}
     sizes = _committed_sizes(tasks, num_done=len(done))
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(
@@ -165,11 +165,13 @@ def judge(tasks: Sequence[SlideTask], *, overwrite: bool) -> list[tuple[Status, 
 def _committed_sizes(tasks: Sequence[SlideTask], *, num_done: int) -> list[int | None]:
     """Sizes of what is at the places of slides; None where there is nothing."""
     output, form = tasks[0].output, tasks[0].format
-    num_pages = num_done * OBJECTS_A_SLIDE / PAGE
+    num_pages = num_done * OBJECTS_A_SLIDE / storage.PAGE
     is_listed = storage.is_s3(output) and form.container == "tiff"
     if is_listed and num_pages < len(tasks) / NUM_THREADS:
-        sizes = {item.uri: item.size for item in storage.list_prefix(output.rstrip("/") + "/")}
-        return [sizes.get(task.committed_uri) for task in tasks]
+        places = [task.committed_uri for task in tasks]
+        found = storage.list_among(output.rstrip("/") + "/", places)
+        sizes = {item.uri: item.size for item in found}
+        return [sizes.get(place) for place in places]
 
     def size_of(task: SlideTask) -> int | None:
         try:

@@ -14,4 +14,4 @@ trap 'submit -- python /opt/carn/deploy/hold_nodes.py --none' EXIT
 submit --submission-id "night-$(date +%F)" -- \
   python /opt/carn/jobs/super_resolve.py --slides s3://REPLACE_WITH_YOUR_BUCKET/incoming \
   --checkpoint s3://REPLACE_WITH_YOUR_BUCKET/runs/carn-x2 --output s3://REPLACE_WITH_YOUR_BUCKET/sr \
-  --deadline 06:00 --gpus-per-actor 0.5 --max-actors 8
+  --deadline 06:00 --gpus-per-actor 0.5 --max-actors 8 --log-format json

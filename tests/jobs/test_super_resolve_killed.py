@@ -397,15 +397,19 @@ def test_a_store_that_is_busy_and_drops_connections(
             *(("GetObject", name) for name in SLIDES),
             *(("PutObject", name) for name in (r"begun", r"cells\.npz", r"blocks/0", r"\.json")),
         ):
-            for kind in ("refuse", "drop", "lose_answer", "cut_answer"):
+            for kind in ("refuse", "refuse_after", "reset", "lose_answer", "cut_answer"):
                 faults.add(kind, operation, target=target)
         faults.add("cut_upload", "UploadPart", times=2)
         faults.add("refuse", "HeadObject|ListObjects|ListParts", times=4)
         for name, kinds in zip(
-            SLIDES, (("refuse", "lose_answer"), ("error_in_200", "drop", "cut_answer")), strict=True
+            SLIDES,
+            (("refuse", "lose_answer"), ("error_in_200", "refuse_after", "cut_answer")),
+            strict=True,
         ):
             for kind in kinds:
                 faults.add(kind, "CompleteMultipartUpload", target=name)
+        # All else is slow now and then.
+        faults.add("delay", ".*", times=20, delay_s=3.0)
         run(Job(remote_lab, out, folder=tmp_path / "run", environment=settings_of(endpoint)))
         assert not [rule for rule in faults.rules if rule.times], "some faults never struck"
     assert statuses(out) == dict.fromkeys(BLOCKS, "done")

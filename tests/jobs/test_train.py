@@ -277,6 +277,14 @@ def test_options_go_before_a_file_and_a_file_before_a_recipe(
     assert job.output_uri.endswith("runs/edsr-x2-seed1")
 
 
+def test_settings_may_stand_below_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"code_version": "1", "config": {"batch_size": 4}}')
+    job = parse(["--dataset", "/d", "--config", str(tmp_path / "config.json")])
+    assert job.train.patches.batch_size == 4
+    job = parse(["--dataset", "/d", "--config", "carn/models/shipped/carn-x2.yaml"])
+    assert job.train.optimizer.ema_decay == 0.999
+
+
 # ------------------------------------------------------------------------------- what is refused
 
 

@@ -131,7 +131,7 @@ def test_many_slides_are_judged_by_what_a_few_requests_list(
     assert [status for status, _ in judge(tasks, overwrite=False)] == verdicts
     assert faulty_s3.faults.counts == {"ListObjects": 2}
     # Not where there is far more than is asked for.
-    monkeypatch.setattr(outbox, "PAGE", 1)
+    monkeypatch.setattr(outbox, "OBJECTS_A_SLIDE", storage.PAGE)
     assert [status for status, _ in judge(tasks, overwrite=False)] == verdicts
     assert faulty_s3.faults.counts == {"ListObjects": 3, "HeadObject": len(tasks)}
 

@@ -1,0 +1,223 @@
+"""How a network that comes with the project came about, and the way to make it again.
+
+A recipe (`<name>.yaml` beside this file) says from which images, each by its SHA-256 and where it
+was published (or that they are those of another recipe), by which settings, and what came of it.
+Images are found by content, so they may lie in any folders and have any names.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from jaxtyping import UInt8
+from PIL import Image
+
+from carn import storage
+from carn.errors import CheckpointError, DatasetError
+from carn.models.checkpoint import (
+    Checkpoint,
+    checkpoint_hash,
+    load_model,
+    read_checkpoint,
+    write_checkpoint,
+)
+from carn.models.shipped import FOLDER
+
+Split = Literal["train", "validation", "test"]
+
+# `build_bcsr.py --split numbered` takes the last images by name for testing, and for validation
+# those before them.
+_ORDER: Mapping[Split, int] = {"train": 1, "validation": 2, "test": 3}
+# No image of a recipe is near it; a folder may hold slides as well, which need not be hashed.
+MAX_IMAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRow:
+    """An image of a recipe.
+
+    Attributes:
+        source: key of the recipe's sources.
+        split: what it is for.
+        path: in the source's repository.
+        sha256: of the file.
+        halve: make it half as large by the mean of 2 x 2 px: the grid of its JPEG blocks falls to
+            4 px, their quantization by half, and subsampled chroma becomes whole.
+        cut_px: side of the squares that it is cut into; None to take it whole.
+    """
+
+    source: str
+    split: Split
+    path: str
+    sha256: str
+    halve: bool = False
+    cut_px: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe.
+
+    Attributes:
+        name: of the network.
+        sources: where images were published, under which licence, and what they show.
+        images: all of them.
+        config: settings of `train.py` by name.
+        weights_sha256: of the weights that came of it.
+    """
+
+    name: str
+    sources: Mapping[str, Mapping[str, Any]]
+    images: tuple[ImageRow, ...]
+    config: Mapping[str, Any]
+    weights_sha256: str
+
+
+def read_recipe(name: str) -> Recipe:
+    """The recipe of a network that comes with the project.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml")))
+        raise CheckpointError(f"there is no recipe {name}; there are {known}")
+    content = yaml.safe_load(path.read_text())
+    sources = content["sources"]
+    if isinstance(sources, str):  # those of another recipe
+        other = read_recipe(sources)
+        images, sources = other.images, other.sources
+    else:
+        images = tuple(
+            ImageRow(source=source, **row)
+            for source, about in sources.items()
+            for row in about.pop("images")
+        )
+    return Recipe(
+        name=name,
+        sources=sources,
+        images=images,
+        config=content["config"],
+        weights_sha256=content["weights_sha256"],
+    )
+
+
+def find_images(recipe: Recipe, folder: Path) -> dict[str, Path]:
+    """Where the images of a recipe are in a folder, by SHA-256.
+
+    Raises:
+        DatasetError: some are not there; each is named with its source.
+    """
+    wanted = {row.sha256 for row in recipe.images}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.stat().st_size <= MAX_IMAGE_BYTES:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest in wanted:
+                found.setdefault(digest, path)
+    missing = [row for row in recipe.images if row.sha256 not in found]
+    if missing:
+        named = "\n".join(f"  {_published(recipe, row)}" for row in missing)
+        raise DatasetError(f"{folder} lacks {len(missing)} images of {recipe.name}:\n{named}")
+    return found
+
+
+def prepare_images(recipe: Recipe, sources: Path, output: Path) -> dict[str, int]:
+    """Make the images that `build_bcsr.py` reads, from those that were published.
+
+    Args:
+        recipe: which.
+        sources: folder that has them, at any depth.
+        output: gets `all/`, with training, validation and test images in this order of names, and
+            `test/<source>/` and `validation/<source>/` with those of one source.
+
+    Returns:
+        Number of images in each folder, by its path below `output`.
+
+    Raises:
+        DatasetError: images are missing, or there is something in `output` already.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise DatasetError(f"{output} is not empty; name another folder")
+    places = find_images(recipe, sources)
+    counts: dict[str, int] = {}
+    for row in recipe.images:
+        folders = ["all"] if row.split == "train" else ["all", f"{row.split}/{row.source}"]
+        for suffix, pixels in _pieces(_read(places[row.sha256]), row):
+            stem = f"{_ORDER[row.split]}_{row.split}_{row.source}_{Path(row.path).stem}{suffix}"
+            for folder in folders:
+                (output / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(output / folder / f"{stem}.png")
+                counts[folder] = counts.get(folder, 0) + 1
+    return counts
+
+
+def pack(run: str, folder: Path, *, name: str) -> Checkpoint:
+    """Put the best weights of a training run where networks that come with the project are.
+
+    What is needed to go on training is left out, and so is where things lay.
+
+    Args:
+        run: the run's folder, or a checkpoint.
+        folder: where to put it.
+        name: of the recipe.
+
+    Returns:
+        The checkpoint that is written.
+
+    Raises:
+        CheckpointError, AccessDeniedError, StorageError: as `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(run)
+    written = write_checkpoint(
+        str(folder),
+        model=load_model(checkpoint),
+        model_name=checkpoint.model_name,
+        training=checkpoint.training,
+        step=checkpoint.step,
+        dataset={"digest": (checkpoint.dataset or {}).get("digest"), "recipe": f"{name}.yaml"},
+        metrics=checkpoint.metrics,
+    )
+    if checkpoint_hash(written) != checkpoint_hash(checkpoint):
+        raise CheckpointError(f"{run} was stored by other code: its weights come out otherwise")
+    return written
+
+
+def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    with Image.open(path) as image:
+        pixels: UInt8[np.ndarray, "h w 3"] = np.asarray(image.convert("RGB"))
+        return pixels
+
+
+def _pieces(
+    pixels: UInt8[np.ndarray, "h w 3"], row: ImageRow
+) -> Iterator[tuple[str, UInt8[np.ndarray, "h2 w2 3"]]]:
+    """An image as its row has it, in pieces with what tells their names apart."""
+    if row.halve:
+        pixels = halved(pixels)
+    if row.cut_px is None:
+        yield "", pixels
+        return
+    side = row.cut_px
+    for y in range(0, pixels.shape[0] - side + 1, side):
+        for x in range(0, pixels.shape[1] - side + 1, side):
+            yield f"_{y}_{x}", pixels[y : y + side, x : x + side]
+
+
+def halved(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Half as large, by the mean of 2 x 2 px, rounded half up; an odd row or column is left out."""
+    height, width = (side // 2 * 2 for side in pixels.shape[:2])
+    blocks = pixels[:height, :width].reshape(height // 2, 2, width // 2, 2, 3).astype(np.uint16)
+    small: UInt8[np.ndarray, "h2 w2 3"]
+    small = ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) // 4).astype(np.uint8)
+    return small
+
+
+def _published(recipe: Recipe, row: ImageRow) -> str:
+    about = recipe.sources[row.source]
+    return storage.join(str(about["repository"]), "blob", str(about["commit"]), row.path)
