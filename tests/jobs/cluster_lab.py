@@ -91,6 +91,7 @@ class Cluster:
         environment: of drivers that run beside it.
         before: what to put before a driver's command, so that it runs at the head.
         dashboard: of clients that submit to it.
+        head: the node that the others belong to.
         workers: nodes that tests may lose.
     """
 
@@ -118,7 +119,7 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{environment_of()['PATH']}",
         }
         self.dashboard = {"RAY_ADDRESS": f"http://{host}:{dashboard}"}
-        self._start(
+        self.head = self._start(
             self.before,
             *("--head", f"--node-ip-address={host}", f"--port={gcs}", f"--num-cpus={num_cpus}"),
             *("--include-dashboard=true", f"--dashboard-port={dashboard}"),

@@ -85,12 +85,12 @@ def hosts(tmp_path: Path, clusters: list[Cluster]) -> Cluster:
 
 
 def lose(cluster: Cluster, *, with_process: str) -> None:
-    """SIGKILL the node that runs a process of such a name, with all of its processes."""
+    """SIGKILL the node that is at work in a process of such a name, with all of its processes."""
     kill_tree(find(cluster, with_process))
 
 
 def find(cluster: Cluster, name: str) -> "subprocess.Popen[bytes]":
-    """The node that runs a process of such a name."""
+    """The node that is at work in a process of such a name."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for node in cluster.workers:
@@ -103,7 +103,8 @@ def find(cluster: Cluster, name: str) -> "subprocess.Popen[bytes]":
 def _runs(pid: int, name: str) -> bool:
     for child in psutil.Process(pid).children(recursive=True):
         try:
-            if name in " ".join(child.cmdline()):
+            title = " ".join(child.cmdline())
+            if name in title and "ray::IDLE" not in title:
                 return True
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
@@ -161,10 +162,35 @@ def test_a_node_cut_off_in_the_night(tmp_path: Path, hosts: Cluster) -> None:
     )
 
 
+def test_a_head_lost_in_the_night(tmp_path: Path, clusters: list[Cluster]) -> None:
+    # The job ends with it. On another cluster the same command goes on.
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        cluster = Cluster(tmp_path / name, num_cpus=0)
+        clusters.append(cluster)
+        cluster.workers = [cluster.add_node(num_cpus=1)]
+    first, second = clusters
+    check_night(
+        tmp_path,
+        first,
+        when="_work/*/*/blocks/*.npz",
+        disturb=lambda: kill_tree(first.head),
+        cluster_after=second,
+    )
+
+
 def check_night(
-    tmp_path: Path, cluster: Cluster, *, when: str, disturb: Callable[[], None]
+    tmp_path: Path,
+    cluster: Cluster,
+    *,
+    when: str,
+    disturb: Callable[[], None],
+    cluster_after: Cluster | None = None,
 ) -> None:
-    """A night that is disturbed when such a file is there ends as one that is not."""
+    """A night that is disturbed when such a file is there ends as one that is not.
+
+    Where there is another cluster for it, the disturbance ends the job, which goes on there.
+    """
     draw_inbox(tmp_path / "inbox", num_slides=2, width=600, height=300)
     write_model(str(tmp_path / "model"))
 
@@ -180,6 +206,15 @@ def check_night(
     try:
         run.wait_for(lambda: list(output.glob(when)))
         disturb()
+        if cluster_after is not None:
+            assert run.process.wait(timeout=PATIENCE_S) != 0
+            kept = {path: path.stat().st_mtime_ns for path in output.glob(when)}
+            assert not list(output.glob("Case_*.tif"))
+            cluster = cluster_after
+            log = tmp_path / "log-after"
+            run = Run("super_resolve.py", arguments(output), cluster=cluster, log=log)
+            run.wait_for(lambda: len(list(output.glob(when))) > len(kept))
+            assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     finally:
         run.finish()
     undisturbed = Run(

@@ -1,6 +1,8 @@
 """The job under `ray job submit`, on a head of its own, as a cluster runs it."""
 
+import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -10,8 +12,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from carn import storage
 from carn.bcsr.dataset import open_dataset
 from tests.classification.lab import CROP_PX, write_labelled
+from tests.conftest import Bucket
 from tests.jobs.cluster_lab import free_ports
 from tests.jobs.lab import ROOT, content_of
 from tests.jobs.sr_lab import draw_inbox, write_model
@@ -34,12 +38,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     # As in cluster.yaml: Ray kills a job 3 s after it was to stop.
     environment["RAY_JOB_STOP_WAIT_TIME_S"] = "120"
     environment["PATH"] = f"{Path(RAY).parent}{os.pathsep}{environment['PATH']}"
+    # A node has its keys from a role; where the store is, the job says.
+    environment.setdefault("AWS_ACCESS_KEY_ID", "testing")
+    environment.setdefault("AWS_SECRET_ACCESS_KEY", secrets.token_hex(20))
+    for name in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION"):
+        environment.pop(name, None)
+    temp_dir = f"/tmp/{folder.parent.name[-4:]}{gcs}"
     started = subprocess.run(
         [
             *(RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
             *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
             *(f"--ray-client-server-port={client}", "--num-cpus=2", "--disable-usage-stats"),
-            *("--include-dashboard=true", f"--temp-dir=/tmp/{folder.parent.name[-4:]}{gcs}"),
+            *("--include-dashboard=true", f"--temp-dir={temp_dir}"),
         ],
         env=environment,
         capture_output=True,
@@ -50,6 +60,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     yield environment | {
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "HEAD_GCS": f"127.0.0.1:{gcs}",
+        "HEAD_LOGS": f"{temp_dir}/session_latest/logs",
     }
     # Only the processes of this head: `ray stop` would end the other tests' Ray, too.
     import psutil
@@ -156,6 +167,84 @@ def test_every_job_is_submitted(head: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_every_job_from_and_to_object_storage(
+    head: dict[str, str],
+    slides: Path,
+    s3: Bucket,
+    s3_endpoint: str,
+    tmp_path: Path,
+) -> None:
+    """The store is named by the job's runtime environment; the nodes' secret is told nowhere."""
+    for path in slides.rglob("*.*"):
+        s3.put(f"in/{path.relative_to(slides)}", path)
+    bcsr, labelled = write_dataset(s3.uri("bcsr"), num_tiles=(8, 3, 4)), s3.uri("labelled")
+    write_labelled(labelled)
+    draw_inbox(tmp_path / "inbox", num_slides=1)
+    s3.put("inbox/Case_1.tif", tmp_path / "inbox" / "Case_1.tif")
+    s3.put(
+        "space.yaml",
+        b"settings: {steps: 8, validate_every: 4, validation_crop_px: 32}\n"
+        b"search: {reduction: [2, 8]}\n",
+    )
+    run = s3.uri("train.py")
+    places = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+    options = ("--runtime-env-json", json.dumps({"env_vars": places}))
+    pictures = ("--crop-px", CROP_PX, "--depth", 18, "--batch-size", 8, "--cpus-per-worker", 1)
+    jobs: dict[str, tuple[tuple[object, ...], str]] = {
+        "build_bcsr.py": (
+            (
+                *("--slides", s3.uri("in/slides"), "--tile-px", 64, "--per-class", 50),
+                *("--coordinates", s3.uri("in/tumor.txt"), s3.uri("in/normal.txt"), "--keep", 60),
+                *("--num-test", 10, "--num-validation", 5),
+            ),
+            "manifest.json",
+        ),
+        "train.py": (("--dataset", bcsr, *TINY, "--steps", 8), "best.json"),
+        "tune.py": (
+            (
+                *("--space", s3.uri("space.yaml"), "--dataset", bcsr),
+                *without(TINY, "--reduction", "--seed", "--log-every"),
+            ),
+            "best.yaml",
+        ),
+        "super_resolve.py": (
+            (
+                *("--slides", s3.uri("inbox"), "--checkpoint", run, "--device", "cpu"),
+                *("--block-px", 256, "--tile-px", 64, "--num-threads", 1),
+            ),
+            "Case_1.tif",
+        ),
+        "evaluate.py": (
+            ("--dataset", bcsr, "--runs", run, "--device", "cpu", "--no-timing", "--crops", 0),
+            "table2.csv",
+        ),
+        "classify.py": (
+            ("--dataset", labelled, "--models", run, "--epochs", 1, "--device", "cpu", *pictures),
+            "table.csv",
+        ),
+    }
+    said = ""
+    for job, (arguments, left) in jobs.items():
+        done = submit(head, *arguments, "--output", s3.uri(job), job=job, options=options)
+        said += done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert storage.is_file(s3.uri(f"{job}/{left}")), done.stdout + done.stderr
+        # And what has to fail: there is no such bucket.
+        failed = submit(
+            head, *arguments, "--output", "s3://no-such-bucket-x/out", job=job, options=options
+        )
+        said += failed.stdout + failed.stderr
+        assert failed.returncode == 1
+        assert "no-such-bucket-x" in failed.stdout + failed.stderr
+    secret = head["AWS_SECRET_ACCESS_KEY"].encode()
+    texts = {str(path): path.read_bytes() for path in Path(head["HEAD_LOGS"]).rglob("*.*")}
+    assert len(texts) > 20, "these are not the logs"
+    texts |= {item.uri: storage.read_bytes(item.uri) for item in storage.list_objects(s3.uri())}
+    texts["said"] = said.encode()
+    assert not [name for name, text in texts.items() if secret in text]
+
+
+@pytest.mark.slow
 def test_a_stopped_job_ends_in_good_order_and_goes_on(head: dict[str, str], tmp_path: Path) -> None:
     draw_inbox(tmp_path / "inbox", num_slides=3, width=900, height=700)
     write_model(str(tmp_path / "model"))
@@ -184,7 +273,9 @@ def test_a_stopped_job_ends_in_good_order_and_goes_on(head: dict[str, str], tmp_
         time.sleep(0.5)
     log = ask("logs")
     assert "stopped: interrupted" in log, log
-    # It gave its claims back: the next run need not wait for their lease.
+    claims = list((output / "_state" / "claims").glob("*.json"))
+    assert claims
+    assert all(json.loads(path.read_text())["is_released"] for path in claims)
     again = submit(head, *arguments, job="super_resolve.py")
     said = again.stdout + again.stderr
     assert again.returncode == 0, said
