@@ -6,7 +6,13 @@ STAMP := $(VENV)/.setup-done
 # What `make audit` looks at.
 LOCK ?= requirements.lock
 
-.PHONY: setup demo test test-all test-s3 test-faults lint format bench lock audit clean help
+# `make camelyon`: where to, where NCRF's lists are (a local folder is filled), how jobs are started.
+STORE ?= camelyon
+LISTS ?= $(STORE)/lists
+RUN ?= $(BIN)/python
+NCRF := https://raw.githubusercontent.com/baidu-research/NCRF/111c7d19fc6c521d2d1a2c285f5bdf525174e73f/coords
+
+.PHONY: setup demo test test-all test-s3 test-faults lint format bench camelyon lock audit clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s ':'
@@ -28,14 +34,15 @@ demo: $(STAMP)  ## make slides from real tissue, build bcSR, train, evaluate, su
 	$(BIN)/python jobs/train.py --dataset demo/bcsr --output demo/carn-x2 --scale 2 \
 	  --num-blocks 2 --channels 32 --reduction 4 --steps 600 --learning-rate 1e-3 --schedule cosine \
 	  --warmup-steps 20 --ema-decay 0.95 --validate-every 200
-	$(BIN)/python jobs/super_resolve.py --slides demo/slides/Demo_006.tif --input-mpp 0.5 \
-	  --checkpoint demo/carn-x2 --output demo/sr
-	$(BIN)/python jobs/evaluate.py --dataset demo/bcsr --runs demo/carn-x2 --output demo/evaluation \
+	$(BIN)/python jobs/super_resolve.py --slides demo/slides/Demo_006.tif --input-mpp 0.5 --output demo/sr
+	$(BIN)/python jobs/evaluate.py --dataset demo/bcsr --runs demo/carn-x2 shipped:carn-x2 --output demo/evaluation \
 	  --max-tiles 12 --crops 3 --timing-seconds 3
 	$(BIN)/python jobs/tune.py --space tune_spaces/smoke.yaml --dataset demo/bcsr --output demo/sweep
 	@echo
 	@echo "Next: open demo/*/report.html and the report below demo/sr/runs in a browser, demo/sr/Demo_006.tif in QuPath;"
 	@echo "then use slides of your own:"
+	@echo "  $(BIN)/python jobs/super_resolve.py --slides SLIDES --output SR     # by the network that comes with carn"
+	@echo "or train on them:"
 	@echo "  $(BIN)/python jobs/build_bcsr.py --slides SLIDES --output DATASET --per-class None"
 	@echo "  $(BIN)/python jobs/train.py --dataset DATASET --output RUN --scale 2"
 	@echo "  $(BIN)/python jobs/evaluate.py --dataset DATASET --runs RUN --output EVALUATION"
@@ -64,6 +71,15 @@ format: $(STAMP)  ## let ruff put the code in order
 
 bench: $(STAMP)  ## every benchmark; each prints its table and one line of JSON
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+camelyon: $(STAMP)  ## the paper's training on CAMELYON16 from its public bucket; docs/models/carn-x2.md says what it takes
+	case '$(LISTS)' in s3://*) ;; *) mkdir -p '$(LISTS)' && for list in tumor_train normal_train; do \
+	  test -s '$(LISTS)'/$$list.txt || curl -fL --retry 3 -o '$(LISTS)'/$$list.txt $(NCRF)/$$list.txt || exit 1; done ;; esac
+	$(RUN) jobs/build_bcsr.py --slides s3://camelyon-dataset/CAMELYON16/images \
+	  --coordinates $(LISTS)/tumor_train.txt $(LISTS)/normal_train.txt --output $(STORE)/bcsr
+	$(RUN) jobs/train.py --dataset $(STORE)/bcsr --scale 2 --output $(STORE)/runs/carn-x2
+	$(RUN) jobs/evaluate.py --dataset $(STORE)/bcsr --runs $(STORE)/runs/carn-x2 shipped:carn-x2 \
+	  --output $(STORE)/evaluation
 
 lock:  ## remake requirements.lock from requirements.txt and requirements-dev.txt, in an empty environment
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv

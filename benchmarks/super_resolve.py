@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def main(benchmark: Benchmark) -> None:
         "job_over_engine": round(statistics.median(r["steady"] / r["engine"] for r in rounds), 3),
         "job_over_engine_all": round(statistics.median(r["all"] / r["engine"] for r in rounds), 3),
         "busy_share": round(statistics.median(r["busy_share"] for r in rounds), 3),
+        "upload_s_per_mpx": round(statistics.median(r["upload_s_per_mpx"] for r in rounds), 3),
+        "finish_s": round(statistics.median(r["finish_s"] for r in rounds), 2),
     }
     print(json.dumps(result))
 
@@ -202,6 +205,7 @@ def run_job(lab: Path, benchmark: Benchmark, number: int) -> dict[str, float]:
     night.judge(find_inputs(job.slides))
     night.begin()
     night.work()
+    since_start = (datetime.now().astimezone() - night.tally.started).total_seconds()
     assert night.tally.count("done") == 1, night.tally.slides
     assert night.tally.first_began is not None
     num_px = sum(count for _, count in night.tally.made)
@@ -209,6 +213,9 @@ def run_job(lab: Path, benchmark: Benchmark, number: int) -> dict[str, float]:
         "steady": num_px / 1e6 / (time.time() - night.tally.first_began),
         "all": num_px / 1e6 / night.tally.working_seconds,
         "busy_share": night.tally.stages["infer_s"] / night.tally.working_seconds,
+        "upload_s_per_mpx": night.tally.stages["upload_s"] / num_px * 1e6,
+        # From the last block's upload to the commit, and what is tidied up after it.
+        "finish_s": since_start - max(made_at for made_at, _ in night.tally.made),
     }
 
 

@@ -1,0 +1,349 @@
+"""Networks that come with the project: found by name from anywhere, whole, and as good as said."""
+
+import fnmatch
+import hashlib
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from carn.bcsr.degradation import degrade
+from carn.errors import CarnError, CheckpointError, DatasetError
+from carn.evaluation.study import find_entrants
+from carn.metrics import psnr, to_uint8
+from carn.models import shipped
+from carn.models.bicubic import Bicubic, BicubicConfig
+from carn.models.checkpoint import (
+    checkpoint_hash,
+    checkpoint_uri,
+    load_model,
+    read_checkpoint,
+    write_checkpoint,
+)
+from carn.models.shipped import recipe as recipes
+from carn.models.shipped import shipped_for, shipped_names
+from carn.models.shipped.recipe import (
+    Recipe,
+    find_images,
+    halved,
+    pack,
+    prepare_images,
+    read_recipe,
+)
+from carn.training.config import TrainConfig, resolve
+from carn.training.recipes import recipe as training_recipe
+from carn.training.recipes import with_values
+from tests.models.test_checkpoint import flip, small_carn
+
+NAMES = shipped_names()
+ROOT = Path(__file__).parents[2]
+
+
+def test_there_is_one_for_x2() -> None:
+    assert "carn-x2" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_enough_anywhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = read_checkpoint(name)
+    assert checkpoint.uri == f"shipped:{name}"
+    assert checkpoint == read_checkpoint(f"shipped:{name}")
+    assert name == f"{checkpoint.model_name}-x{checkpoint.scale}"
+    model = load_model(checkpoint)
+    assert tuple(model(torch.zeros(1, 3, 16, 16)).shape[2:]) == (16 * checkpoint.scale,) * 2
+    assert shipped_for(checkpoint.scale) == checkpoint.uri
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_recipe_is_that_of_its_weights(name: str) -> None:
+    checkpoint, recipe = read_checkpoint(name), read_recipe(name)
+    assert checkpoint_hash(checkpoint) == f"sha256:{recipe.weights_sha256}"
+    start = training_recipe("paper", model=recipe.config["model"], scale=recipe.config["scale"])
+    assert checkpoint.training is not None
+    trained = with_values(TrainConfig(), checkpoint.training)
+    assert resolve(with_values(start, recipe.config)) == trained
+    assert checkpoint.step == trained.steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_nothing_of_where_it_was_made(name: str) -> None:
+    facts = (shipped.FOLDER / name / "checkpoint.json").read_text()
+    assert "/" not in facts.replace("sha256:", "")
+    assert sorted(path.name for path in (shipped.FOLDER / name).iterdir()) == [
+        "checkpoint.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_recipe_names_is_whole(name: str) -> None:
+    recipe = read_recipe(name)
+    for source in recipe.sources.values():
+        assert {"repository", "commit", "licence", "about"} <= source.keys()
+    assert {row.split for row in recipe.images} == {"train", "validation", "test"}
+    assert all(len(bytes.fromhex(row.sha256)) == 32 for row in recipe.images)
+    assert len({row.sha256 for row in recipe.images}) == len(recipe.images)
+    # JPEG's grid and quantization are not to be learnt as texture.
+    assert all(row.halve for row in recipe.images if row.path.endswith((".jpg", ".jpeg")))
+
+
+def test_no_slide_is_on_two_sides() -> None:
+    sides: dict[str, set[str]] = {}
+    for row in read_recipe("carn-x2").images:
+        if row.source == "camelyon16":
+            slide = "_".join(Path(row.path).stem.split("_")[:2])
+            sides.setdefault(slide, set()).add(row.split)
+        elif row.source in ("camelyon17", "tcga-brca"):
+            sides.setdefault(row.path, set()).add(row.split)
+        else:  # slides that are not named: the source is on one side as a whole
+            sides.setdefault(row.source, set()).add(row.split)
+    assert all(len(found) == 1 for found in sides.values()), sides
+    assert sides["tumor_004"] == {"test"}
+
+
+def test_the_package_holds_all_of_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["carn.models.shipped"]
+    files = [
+        str(path.relative_to(shipped.FOLDER))
+        for path in shipped.FOLDER.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert files
+    for file in files:
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in patterns), file
+
+
+# --------------------------------------------------------------------------------- which is meant
+
+
+def test_a_folder_of_that_name_has_to_be_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(
+        "carn-x2",
+        model=small_carn(),
+        model_name="carn",
+        training=None,
+        step=None,
+        dataset=None,
+        metrics={},
+    )
+    with pytest.raises(CheckpointError, match=r"\./carn-x2 for what is here, shipped:carn-x2"):
+        read_checkpoint("carn-x2")
+    own = read_checkpoint("./carn-x2")
+    assert own.uri == str(tmp_path / "carn-x2")
+    assert checkpoint_hash("shipped:carn-x2") != checkpoint_hash(own)
+    # A worker gets what its driver made of the name, and starts in a folder of its own.
+    assert checkpoint_uri("shipped:carn-x2") == "shipped:carn-x2"
+
+
+def test_names_that_there_are_none_of() -> None:
+    with pytest.raises(CheckpointError, match=r"shipped:nothing: .* there are shipped:carn-x2"):
+        read_checkpoint("shipped:nothing")
+    with pytest.raises(CheckpointError, match=r"shipped:\.\./\.\./models: "):
+        read_checkpoint("shipped:../../models")
+    with pytest.raises(CheckpointError, match=r"no network for x3 .*carn-x2.*--checkpoint"):
+        shipped_for(3)
+    with pytest.raises(CheckpointError, match="no recipe nothing; there are carn-x2"):
+        read_recipe("nothing")
+
+
+def test_a_damaged_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(shipped.FOLDER / "carn-x2", tmp_path / "carn-x2")
+    flip(tmp_path / "carn-x2" / "model.safetensors", -5)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    with pytest.raises(CheckpointError, match=r"shipped:carn-x2/model\.safetensors is damaged"):
+        load_model("carn-x2")
+
+
+def test_an_evaluation_takes_the_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    ((entrant,), left_out) = find_entrants(["carn-x2"])
+    assert not left_out
+    assert entrant.checkpoint == "shipped:carn-x2"
+    assert entrant.seed == 1
+
+
+# ---------------------------------------------------------------------------------------- a recipe
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Recipe]:
+    """A recipe of four images, which lie in `tmp_path / "down"` under other names."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "down" / "deep").mkdir(parents=True)
+    rows: dict[str, list[dict[str, object]]] = {"lab": [], "field": []}
+    for source, split, path, more in (
+        ("lab", "train", "a/one.png", {}),
+        ("lab", "validation", "a/two.png", {}),
+        ("field", "train", "b/three.png", {"halve": True, "cut_px": 16}),
+        ("field", "test", "b/four.png", {"halve": True}),
+    ):
+        place = tmp_path / "down" / "deep" / f"{len(rows['lab'])}{len(rows['field'])}.bin.png"
+        mode = "RGBA" if path == "a/one.png" else "RGB"
+        pixels = rng.integers(0, 256, (41, 70, len(mode)), dtype=np.uint8)
+        Image.fromarray(pixels, mode=None).save(place)
+        digest = hashlib.sha256(place.read_bytes()).hexdigest()
+        rows[source].append({"split": split, "path": path, "sha256": digest, **more})
+    sources = {
+        name: {"repository": f"https://example.org/{name}", "commit": "c0ffee", "images": found}
+        for name, found in rows.items()
+    }
+    text = yaml.safe_dump({"weights_sha256": "", "config": {"steps": 1}, "sources": sources})
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "small.yaml").write_text(text)
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path / "recipes")
+    return lambda: read_recipe("small")
+
+
+def test_images_are_made_from_what_was_published(
+    small: Callable[[], Recipe], tmp_path: Path
+) -> None:
+    counts = prepare_images(small(), tmp_path / "down", tmp_path / "out")
+    assert counts == {"all": 5, "validation/lab": 1, "test/field": 1}
+    names = sorted(path.name for path in (tmp_path / "out" / "all").iterdir())
+    assert names == [
+        "1_train_field_three_0_0.png",
+        "1_train_field_three_0_16.png",
+        "1_train_lab_one.png",
+        "2_validation_lab_two.png",
+        "3_test_field_four.png",
+    ]
+    sizes = {}
+    for name in names:
+        with Image.open(tmp_path / "out" / "all" / name) as image:
+            assert image.mode == "RGB"
+            sizes[name] = image.size
+    assert sizes["1_train_lab_one.png"] == (70, 41)
+    assert sizes["3_test_field_four.png"] == (35, 20)
+    assert sizes["1_train_field_three_0_16.png"] == (16, 16)
+    with pytest.raises(DatasetError, match="is not empty"):
+        prepare_images(small(), tmp_path / "down", tmp_path / "out")
+
+
+def test_what_is_missing_is_named_with_where_it_is(
+    small: Callable[[], Recipe], tmp_path: Path
+) -> None:
+    gone = find_images(small(), tmp_path / "down")[small().images[-1].sha256]
+    gone.write_bytes(b"another")
+    with pytest.raises(DatasetError) as caught:
+        prepare_images(small(), tmp_path / "down", tmp_path / "out")
+    row = small().images[-1]
+    said = str(caught.value)
+    assert "lacks 1 images of small" in said
+    assert f"https://example.org/{row.source}/blob/c0ffee/{row.path}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_halving_is_the_mean_of_four() -> None:
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    exact = pixels[:4, :6].astype(float).reshape(2, 2, 3, 2, 3).mean(axis=(1, 3))
+    np.testing.assert_array_equal(halved(pixels), np.floor(exact + 0.5))
+    assert halved(np.full((2, 2, 3), 255, dtype=np.uint8)).max() == 255
+
+
+def test_packing_keeps_the_weights_and_leaves_the_rest(tmp_path: Path) -> None:
+    written = write_checkpoint(
+        str(tmp_path / "run"),
+        model=small_carn(),
+        model_name="carn",
+        training={"seed": 7},
+        step=5,
+        dataset={"uri": "/home/somebody/bcsr", "digest": "sha256:12"},
+        metrics={"psnr": 30.0},
+        extra_files={"training.safetensors": b"moments"},
+    )
+    packed = pack(str(tmp_path / "run"), tmp_path / "out", name="small")
+    assert checkpoint_hash(packed) == checkpoint_hash(written)
+    assert (packed.training, packed.step, packed.metrics) == ({"seed": 7}, 5, {"psnr": 30.0})
+    assert packed.dataset == {"digest": "sha256:12", "recipe": "small.yaml"}
+    assert not packed.files
+    assert "somebody" not in (tmp_path / "out" / "checkpoint.json").read_text()
+    with pytest.raises(CarnError):
+        pack(str(tmp_path / "nothing"), tmp_path / "out2", name="small")
+
+
+# ------------------------------------------------------------------------------------- real tissue
+
+
+def test_the_recipes_images_are_the_real_ones(shared_data: Path) -> None:
+    recipe = read_recipe("carn-x2")
+    found = find_images(recipe, shared_data / "patches")
+    assert len(found) == len(recipe.images)
+
+
+@pytest.fixture(scope="module")
+def tried(shared_data: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """By source, for each test image: gain over bicubic in dB, grid of JPEG in HR, and in SR."""
+    recipe = read_recipe("carn-x2")
+    found = find_images(recipe, shared_data / "patches")
+    network = load_model("carn-x2")
+    bicubic = Bicubic(BicubicConfig(), scale=2)
+    results: dict[str, list[tuple[float, float, float]]] = {}
+    for row in recipe.images:
+        if row.split != "test":
+            continue
+        with Image.open(found[row.sha256]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        pixels = halved(pixels) if row.halve else pixels
+        pixels = pixels[:256, :256]  # as large as the smallest, to save time
+        lr, hr = (
+            torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+            for image in (degrade(pixels, scale=2), pixels)
+        )
+        with torch.inference_mode():
+            ours, theirs = (to_uint8(model(lr / 255)) for model in (network, bicubic))
+        gain = float(psnr(ours, hr) - psnr(theirs, hr))
+        grids = (grid_contrast(image[0].permute(1, 2, 0).numpy()) for image in (hr, ours))
+        results.setdefault(row.source, []).append((gain, *grids))
+    return results
+
+
+def grid_contrast(pixels: np.ndarray) -> float:
+    """How much larger steps are at the worst of the places of a grid of 8 px than elsewhere.
+
+    Each place is held against those of its own parity, for enlarging by two makes steps between
+    even and odd columns of its own.
+    """
+    contrasts = []
+    for image in (pixels, pixels.transpose(1, 0, 2)):
+        steps = np.abs(np.diff(image.astype(float), axis=1)).mean(axis=(0, 2))
+        places = steps[: len(steps) // 8 * 8].reshape(-1, 4, 2).mean(axis=0)
+        contrasts.append((places / places.mean(axis=0)).max())
+    return float(np.mean(contrasts))
+
+
+def test_it_is_far_better_than_bicubic_on_slides_it_has_not_seen(
+    tried: dict[str, list[tuple[float, float, float]]],
+) -> None:
+    gains = {source: [gain for gain, _, _ in found] for source, found in tried.items()}
+    assert len(gains) == 4
+    assert np.mean(gains["camelyon16"]) >= 3.5
+    assert all(min(found) > 0 for found in gains.values()), gains
+
+
+def test_it_has_not_learnt_the_grid_of_jpeg(
+    tried: dict[str, list[tuple[float, float, float]]],
+) -> None:
+    for source, found in tried.items():
+        hr, sr = np.mean([(hr, sr) for _, hr, sr in found], axis=0)
+        assert sr < hr + 0.01, source
+
+
+def test_a_grid_is_seen() -> None:
+    rng = np.random.default_rng(0)
+    plain = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    blocks = np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    assert grid_contrast(plain) < 1.1
+    assert grid_contrast(blocks // 8 + plain // 16) > 1.1
