@@ -57,7 +57,7 @@ CONSISTENCY = Rate(
     value=0.025,
     unit="core-s/LR Mpx",
     kind="noted",
-    source="super_resolve.py: 25 ms for a block of 1 LR Mpx",
+    source="docs/scaling.md: SR made small and held against LR, one thread",
 )
 ENLARGE = Rate(
     value=0.08,
@@ -66,16 +66,16 @@ ENLARGE = Rate(
     source="docs/scaling.md: bicubic enlargement of what is not of one colour, one thread",
 )
 UPLOAD = Rate(
-    value=0.020,
+    value=0.017,
     unit="core-s/LR Mpx at x2",
-    kind="noted",
-    source="super_resolve.py: 20 ms for the part of a block of 1 LR Mpx, server included",
+    kind="measured",
+    source="super_resolve.py: 37 ms for a block of 1 LR Mpx, server too, at 0.447 of the speed",
 )
 FINISH = Rate(
-    value=0.5 / 12,
+    value=0.64 / 12,
     unit="s/block",
-    kind="noted",
-    source="super_resolve.py: 0.5 s for the commit of a slide of 12 blocks; taken as proportional",
+    kind="measured",
+    source="super_resolve.py: 1.43 s for 12 blocks at 0.447 of the speed; taken as proportional",
 )
 SLIDE = Rate(
     value=2 / 4.5,
