@@ -95,7 +95,10 @@ def test_a_stopped_job_says_so_and_goes_on(
     name = job.__name__
     options, begun = job(slides, tmp_path)
     output, said = tmp_path / "out", tmp_path / "said"
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *options, "--output", str(output)]
+    # What a shell starts in the background ignores SIGINT, and so do its children.
+    heard = ("env", "--default-signal=INT")
+    job_path = str(ROOT / "jobs" / f"{name}.py")
+    command = [*heard, sys.executable, job_path, *options, "--output", str(output)]
     with said.open("wb") as file:
         process = subprocess.Popen(
             command, env=environment_of(), cwd="/", stdout=file, stderr=file, start_new_session=True
