@@ -11,10 +11,25 @@ from carn.errors import RunError
 
 # Seconds between two looks at what the workers say.
 POLL_S = 0.5
+# Of AWS, in the environment.
+CREDENTIALS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"),
+)
 
 
 class LostWorkersError(RunError):
     """Workers were lost, or did not start, more often than they are replaced."""
+
+
+def keep_credentials_out_of_runtime_environments() -> None:
+    """Let Ray Tune copy no credentials from the driver's environment to that of its trials.
+
+    It does so by way of runtime environments, which Ray writes to its logs and shows in its
+    dashboard. Nodes have credentials of their own; those of a Ray that a job starts are the job's.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
 
 
 def call_in_thread(call: Callable[[], Any], *, meanwhile: Callable[[], None] | None = None) -> Any:

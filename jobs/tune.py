@@ -50,7 +50,11 @@ from carn.tuning.sweep import Outcome, SweepFolder, Trial, make_trial, steps_of
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.stopping import stopped_by_sigterm
 from jobs.train import check_dataset
-from jobs.trainer import call_in_thread, failure_text
+from jobs.trainer import (
+    call_in_thread,
+    failure_text,
+    keep_credentials_out_of_runtime_environments,
+)
 from jobs.tune_trials import (
     METRIC,
     Setup,
@@ -427,6 +431,7 @@ class Sweep:
         trainable = tune.with_resources(
             tune.with_parameters(run_trial, setup=setup), {"CPU": 0, "memory": TRIAL_MEMORY}
         )
+        keep_credentials_out_of_runtime_environments()
         tuner = tune.Tuner(
             trainable,
             param_space=space,

@@ -17,6 +17,7 @@ from carn.errors import CacheError, DatasetError, DivergedError, RunError
 from carn.tuning.space import read_space
 from carn.tuning.sweep import SweepFolder, make_trial
 from jobs import train, tune
+from jobs.trainer import CREDENTIALS, keep_credentials_out_of_runtime_environments
 from jobs.tune import Sweep, main, parse
 from jobs.tune_trials import _note_fatal
 from tests.jobs.lab import ROOT
@@ -55,6 +56,20 @@ def arguments(lab: Path, *more: str, output: str = "out") -> list[str]:
 
 def command(lab: Path, *more: str, output: str = "out") -> list[str]:
     return [sys.executable, str(ROOT / "jobs" / "tune.py"), *arguments(lab, *more, output=output)]
+
+
+def test_credentials_are_no_part_of_a_trials_runtime_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Ray writes runtime environments to its logs.
+    from ray.tune.execution.class_cache import _ActorClassCache
+
+    for name in CREDENTIALS:
+        monkeypatch.setenv(name, "secret-1f3a")
+    keep_credentials_out_of_runtime_environments()
+    actor = _ActorClassCache().get(type("Trainable", (), {}))
+    assert "secret-1f3a" not in str(actor._default_options)
+    assert "PL_DISABLE_FORK" in str(actor._default_options), "it no longer comes this way"
 
 
 def trials(lab: Path, output: str = "out") -> list[dict[str, Any]]:
