@@ -397,7 +397,7 @@ def test_a_store_that_is_busy_and_drops_connections(
             *(("GetObject", name) for name in SLIDES),
             *(("PutObject", name) for name in (r"begun", r"cells\.npz", r"blocks/0", r"\.json")),
         ):
-            for kind in ("refuse", "refuse_after", "reset", "lose_answer", "cut_answer"):
+            for kind in ("refuse_after", "reset", "lose_answer", "cut_answer"):
                 faults.add(kind, operation, target=target)
         faults.add("cut_upload", "UploadPart", times=2)
         faults.add("refuse", "HeadObject|ListObjects|ListParts", times=4)
