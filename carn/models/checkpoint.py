@@ -23,7 +23,7 @@ from torch import nn
 from carn import storage
 from carn.errors import CheckpointError, MissingObjectError
 from carn.models.pickled import MAX_WEIGHTS_BYTES
-from carn.models.shipped import place_of, shipped_uri
+from carn.models.shipped import SCHEME, place_of, shipped_uri
 from carn.models.weights import (
     FORMAT,
     FORMAT_VERSION,
@@ -294,7 +294,7 @@ def checkpoint_uri(uri: str) -> str:
 def _located(uri: str) -> str:
     """The checkpoint's folder, or the lone weights file, that a name means."""
     uri = checkpoint_uri(uri)
-    if place_of(uri) != uri:
+    if uri.startswith(SCHEME):
         return uri
     folder, _, name = uri.rpartition("/")
     if name == CHECKPOINT:
