@@ -6,16 +6,20 @@ STAMP := $(VENV)/.setup-done
 # What `make audit` looks at.
 LOCK ?= requirements.lock
 
-# `make camelyon`: where to, where NCRF's lists are (a local folder is filled), how jobs are started.
-STORE ?= camelyon
-LISTS ?= $(STORE)/lists
+# `make own` and `make camelyon`: where to (STORE: own/ or camelyon/ unless said), which scale, how jobs are started, and
+# further options of train.py, such as `TRAIN="--config carn/models/shipped/carn-x2.yaml"` where there is no GPU.
+SLIDES ?=
+SCALE ?= 2
 RUN ?= $(BIN)/python
+TRAIN ?=
+# `make camelyon`: where NCRF's lists are (a local folder is filled).
+LISTS ?= $(STORE)/lists
 NCRF := https://raw.githubusercontent.com/baidu-research/NCRF/111c7d19fc6c521d2d1a2c285f5bdf525174e73f/coords
 
-.PHONY: setup demo test test-all test-s3 test-faults lint format bench camelyon lock audit clean help
+.PHONY: setup demo test test-all test-s3 test-faults lint format bench own camelyon lock audit clean help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s ':'
+	@sed -nE 's/^([a-z0-9-]+):.*## +/\1 /p' $(MAKEFILE_LIST) | awk '{ name = $$1; $$1 = ""; printf "%-12s%s\n", name, $$0 }'
 
 setup: $(STAMP)  ## virtual environment in .venv with the frozen requirements
 
@@ -42,7 +46,7 @@ demo: $(STAMP)  ## make slides from real tissue, build bcSR, train, evaluate, su
 	@echo "Next: open demo/*/report.html and the report below demo/sr/runs in a browser, demo/sr/Demo_006.tif in QuPath;"
 	@echo "then use slides of your own:"
 	@echo "  $(BIN)/python jobs/super_resolve.py --slides SLIDES --output SR     # by the network that comes with carn"
-	@echo "or train on them:"
+	@echo "or train on them, all at once (make own SLIDES=SLIDES) or step by step:"
 	@echo "  $(BIN)/python jobs/build_bcsr.py --slides SLIDES --output DATASET --per-class None"
 	@echo "  $(BIN)/python jobs/train.py --dataset DATASET --output RUN --scale 2"
 	@echo "  $(BIN)/python jobs/evaluate.py --dataset DATASET --runs RUN --output EVALUATION"
@@ -72,14 +76,25 @@ format: $(STAMP)  ## let ruff put the code in order
 bench: $(STAMP)  ## every benchmark; each prints its table and one line of JSON
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
+define TRAIN_AND_EVALUATE
+	$(RUN) jobs/train.py --dataset '$(STORE)/bcsr' --scale $(SCALE) --output '$(STORE)/runs/carn-x$(SCALE)' $(TRAIN)
+	$(RUN) jobs/evaluate.py --dataset '$(STORE)/bcsr' --runs '$(STORE)/runs/carn-x$(SCALE)' shipped:carn-x$(SCALE) \
+	  --output '$(STORE)/evaluation'
+endef
+
+own: STORE ?= own
+own: $(STAMP)  ## a network of your own, from slides scanned at 40x (make own SLIDES=/data/slides), held against carn-x2
+	@test -n '$(SLIDES)' || { echo 'say where your slides are: make own SLIDES=/data/slides' >&2; exit 2; }
+	$(RUN) jobs/build_bcsr.py --slides '$(SLIDES)' --output '$(STORE)/bcsr' --per-class None --on-bad-slide skip
+	$(TRAIN_AND_EVALUATE)
+
+camelyon: STORE ?= camelyon
 camelyon: $(STAMP)  ## the paper's training on CAMELYON16 from its public bucket; docs/models/carn-x2.md says what it takes
 	case '$(LISTS)' in s3://*) ;; *) mkdir -p '$(LISTS)' && for list in tumor_train normal_train; do \
 	  test -s '$(LISTS)'/$$list.txt || curl -fL --retry 3 -o '$(LISTS)'/$$list.txt $(NCRF)/$$list.txt || exit 1; done ;; esac
 	$(RUN) jobs/build_bcsr.py --slides s3://camelyon-dataset/CAMELYON16/images \
-	  --coordinates $(LISTS)/tumor_train.txt $(LISTS)/normal_train.txt --output $(STORE)/bcsr
-	$(RUN) jobs/train.py --dataset $(STORE)/bcsr --scale 2 --output $(STORE)/runs/carn-x2
-	$(RUN) jobs/evaluate.py --dataset $(STORE)/bcsr --runs $(STORE)/runs/carn-x2 shipped:carn-x2 \
-	  --output $(STORE)/evaluation
+	  --coordinates '$(LISTS)/tumor_train.txt' '$(LISTS)/normal_train.txt' --output '$(STORE)/bcsr'
+	$(TRAIN_AND_EVALUATE)
 
 lock:  ## remake requirements.lock from requirements.txt and requirements-dev.txt, in an empty environment
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv

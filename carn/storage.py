@@ -46,11 +46,11 @@ FINGERPRINT_BYTES = 64 * 1024
 # Times a conditional write is sent while others of the same name are under way.
 CREATE_ATTEMPTS = 10
 
-# Ends the hidden name of a file that is being written.
 # Names that one request lists, and stretches of names that are listed at the same time.
 # Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
 PAGE = 1000
 NUM_LISTING_THREADS = 16
+# Ends the hidden name of a file that is being written.
 UNFINISHED_SUFFIX = ".carn-part"
 
 # What no name may hold: it would end a line of a log, steer a terminal, or end the name.

@@ -21,7 +21,7 @@ from tests.jobs.lab import ROOT, content_of
 from tests.jobs.sr_lab import draw_inbox, write_model
 from tests.jobs.train_lab import TINY, write_dataset
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -119,7 +119,6 @@ def test_submitted_job_builds_the_dataset(
     assert content_of(tmp_path / "failing")["manifest.json"]
 
 
-@pytest.mark.slow
 def test_every_job_is_submitted(head: dict[str, str], tmp_path: Path) -> None:
     """Each job from a laptop: what it leaves, what it says on the way, its exit status."""
     bcsr = write_dataset(tmp_path / "bcsr", num_tiles=(8, 3, 4))
@@ -166,7 +165,6 @@ def test_every_job_is_submitted(head: dict[str, str], tmp_path: Path) -> None:
         assert "--output" in refused.stdout + refused.stderr
 
 
-@pytest.mark.slow
 def test_every_job_from_and_to_object_storage(
     head: dict[str, str],
     slides: Path,
@@ -244,7 +242,6 @@ def test_every_job_from_and_to_object_storage(
     assert not [name for name, text in texts.items() if secret in text]
 
 
-@pytest.mark.slow
 def test_a_stopped_job_ends_in_good_order_and_goes_on(head: dict[str, str], tmp_path: Path) -> None:
     draw_inbox(tmp_path / "inbox", num_slides=3, width=900, height=700)
     write_model(str(tmp_path / "model"))
