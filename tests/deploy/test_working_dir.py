@@ -26,7 +26,10 @@ def test_the_code_goes_along_and_what_jobs_left_does_not(tmp_path: Path) -> None
     for name in (".gitignore", ".rayignore", "requirements.txt"):
         shutil.copy(ROOT / name, folder / name)
     # The folders that jobs write to unless they are told otherwise, and those of this project.
-    left = ("runs", "sweeps", "evaluation", "camelyon", "own", "demo", ".venv", ".git", "tests", "docs")
+    left = (
+        *("runs", "sweeps", "evaluation", "camelyon", "own"),
+        *("demo", ".venv", ".git", "tests", "docs"),
+    )
     for name in left:
         (folder / name / "deep").mkdir(parents=True)
         (folder / name / "deep" / "model.safetensors").write_bytes(bytes(100))
