@@ -23,7 +23,7 @@ from torch import nn
 from carn import storage
 from carn.errors import CheckpointError, MissingObjectError
 from carn.models.pickled import MAX_WEIGHTS_BYTES
-from carn.models.shipped import SCHEME, place_of, shipped_uri
+from carn.models.shipped import SCHEME, place_of, shipped_names, shipped_uri
 from carn.models.weights import (
     FORMAT,
     FORMAT_VERSION,
@@ -332,7 +332,8 @@ def _read(uri: str, *, owner: str) -> bytes:
         name = storage.name_of(uri)
         raise CheckpointError(
             f"{owner} holds no finished checkpoint (no {name}); name the folder of a checkpoint or "
-            "of a training run, or a .safetensors file"
+            "of a training run, a .safetensors file, or a network that comes with the project: "
+            f"{', '.join(shipped_names())}"
         ) from error
 
 

@@ -2,19 +2,22 @@
 
 python -m carn.models.shipped images carn-x2 --sources downloads/ --output images/
 python -m carn.models.shipped pack carn-x2 --run runs/carn-x2 --output carn/models/shipped/carn-x2
+python -m carn.models.shipped card carn-x2 --images images/ --evaluation evaluation/ --figure x.png
 
 The first makes the images that `jobs/build_bcsr.py --images` reads from those that the recipe
-names, the second puts a trained network where those are that come with the project. What to run
-between them, the recipe says.
+names, the second puts a trained network where those are that come with the project, the third
+prints the scores and draws the crops of its card. What to run between them, recipe and card say.
 """
 
 import sys
 from pathlib import Path
 
+import pandas as pd
 import tyro
 
-from carn.errors import CarnError
+from carn.errors import CarnError, DatasetError
 from carn.models.checkpoint import checkpoint_hash
+from carn.models.shipped.card import crops_figure, scores_table
 from carn.models.shipped.recipe import pack, prepare_images, read_recipe
 
 
@@ -42,10 +45,28 @@ def pack_run(name: tyro.conf.Positional[str], run: str, output: Path) -> None:
     print(f"{output}: {checkpoint_hash(written)}, update {written.step}")  # noqa: T201
 
 
+def card(name: tyro.conf.Positional[str], images: Path, evaluation: Path, figure: Path) -> None:
+    """Print scores by source as the card has them, and draw its crops.
+
+    Args:
+        name: of the network.
+        images: what `images` made.
+        evaluation: output of `jobs/evaluate.py` over the test and validation images.
+        figure: PNG file for the crops.
+    """
+    place = evaluation / "scores.parquet"
+    if not place.is_file():
+        raise DatasetError(f"{place} is missing; name the output of jobs/evaluate.py")
+    scores = pd.read_parquet(place)
+    print(scores_table(scores))  # noqa: T201
+    crops_figure(name, images, scores).save(figure, optimize=True)
+
+
 if __name__ == "__main__":
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"images": images, "pack": pack_run}, prog="python -m carn.models.shipped"
+            {"images": images, "pack": pack_run, "card": card},
+            prog="python -m carn.models.shipped",
         )
     except CarnError as error:
         print(f"shipped: {error}", file=sys.stderr)  # noqa: T201
