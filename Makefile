@@ -6,15 +6,20 @@ STAMP := $(VENV)/.setup-done
 # What `make audit` looks at.
 LOCK ?= requirements.lock
 
-# `make own` and `make camelyon`: where to (STORE: own/ or camelyon/ unless said), which scale, how jobs are started, and
-# further options of train.py, such as `TRAIN="--config carn/models/shipped/carn-x2.yaml"` where there is no GPU.
+# `make own` and `make camelyon`. STORE: where to (own/ or camelyon/ unless said). RUN: how jobs are started, such as
+# "ray job submit --working-dir . -- python". BUILD, TRAIN, EVALUATE: further options of the three jobs, such as
+# BUILD="--group-regex patient_[0-9]+" or, without a GPU, TRAIN="--config carn/models/shipped/carn-x2.yaml".
 SLIDES ?=
 SCALE ?= 2
 RUN ?= $(BIN)/python
+BUILD ?=
 TRAIN ?=
-# `make camelyon`: where NCRF's lists are (a local folder is filled).
+EVALUATE ?=
+# `make camelyon`: where NCRF's lists are; what is missing is fetched.
 LISTS ?= $(STORE)/lists
-NCRF := https://raw.githubusercontent.com/baidu-research/NCRF/111c7d19fc6c521d2d1a2c285f5bdf525174e73f/coords
+NETWORK = carn-x$(SCALE)
+# The network that comes with the project for this scale; none does for some.
+SHIPPED = $(patsubst carn/models/shipped/%/checkpoint.json,shipped:%,$(wildcard carn/models/shipped/$(NETWORK)/checkpoint.json))
 
 .PHONY: setup demo test test-all test-s3 test-faults lint format bench own camelyon lock audit clean help
 
@@ -47,7 +52,7 @@ demo: $(STAMP)  ## make slides from real tissue, build bcSR, train, evaluate, su
 	@echo "then use slides of your own:"
 	@echo "  $(BIN)/python jobs/super_resolve.py --slides SLIDES --output SR     # by the network that comes with carn"
 	@echo "or train on them, all at once (make own SLIDES=SLIDES) or step by step:"
-	@echo "  $(BIN)/python jobs/build_bcsr.py --slides SLIDES --output DATASET --per-class None"
+	@echo "  $(BIN)/python jobs/build_bcsr.py --slides SLIDES --output DATASET --per-class 2000 --even-over-slides"
 	@echo "  $(BIN)/python jobs/train.py --dataset DATASET --output RUN --scale 2"
 	@echo "  $(BIN)/python jobs/evaluate.py --dataset DATASET --runs RUN --output EVALUATION"
 	@echo "  $(BIN)/python jobs/super_resolve.py --slides SLIDES --checkpoint RUN --output SR"
@@ -76,24 +81,35 @@ format: $(STAMP)  ## let ruff put the code in order
 bench: $(STAMP)  ## every benchmark; each prints its table and one line of JSON
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
+# What a submitted job writes beside its code is thrown away with it.
+define CHECK_STORE
+	@case '$(RUN)' in *"job submit"*) case '$(STORE)' in s3://*|/*) ;; *) \
+	  echo 'jobs on a cluster need a place that all nodes share: make $@ STORE=s3://lab/$@' >&2; exit 2;; esac; esac
+endef
+
 define TRAIN_AND_EVALUATE
-	$(RUN) jobs/train.py --dataset '$(STORE)/bcsr' --scale $(SCALE) --output '$(STORE)/runs/carn-x$(SCALE)' $(TRAIN)
-	$(RUN) jobs/evaluate.py --dataset '$(STORE)/bcsr' --runs '$(STORE)/runs/carn-x$(SCALE)' shipped:carn-x$(SCALE) \
-	  --output '$(STORE)/evaluation'
+	$(RUN) jobs/train.py --dataset '$(STORE)/bcsr' --scale $(SCALE) --output '$(STORE)/runs/$(NETWORK)' $(TRAIN)
+	$(RUN) jobs/evaluate.py --dataset '$(STORE)/bcsr' --runs '$(STORE)/runs/$(NETWORK)' $(SHIPPED) \
+	  --output '$(STORE)/evaluation-x$(SCALE)' $(EVALUATE)
+	@echo
+	@echo "Next: open $(STORE)/evaluation-x$(SCALE)/report.html; then use it:"
+	@echo "  $(RUN) jobs/super_resolve.py --slides SLIDES --checkpoint $(STORE)/runs/$(NETWORK) --output SR"
 endef
 
 own: STORE ?= own
-own: $(STAMP)  ## a network of your own, from slides scanned at 40x (make own SLIDES=/data/slides), held against carn-x2
+own: $(STAMP)  ## a network of your own from slides at 40x: make own SLIDES=FOLDER [SCALE=4 STORE= RUN= BUILD= TRAIN=]
 	@test -n '$(SLIDES)' || { echo 'say where your slides are: make own SLIDES=/data/slides' >&2; exit 2; }
-	$(RUN) jobs/build_bcsr.py --slides '$(SLIDES)' --output '$(STORE)/bcsr' --per-class None --on-bad-slide skip
+	$(CHECK_STORE)
+	$(RUN) jobs/build_bcsr.py --slides '$(SLIDES)' --output '$(STORE)/bcsr' --per-class 2000 --even-over-slides \
+	  --on-bad-slide skip $(BUILD)
 	$(TRAIN_AND_EVALUATE)
 
 camelyon: STORE ?= camelyon
 camelyon: $(STAMP)  ## the paper's training on CAMELYON16 from its public bucket; docs/models/carn-x2.md says what it takes
-	case '$(LISTS)' in s3://*) ;; *) mkdir -p '$(LISTS)' && for list in tumor_train normal_train; do \
-	  test -s '$(LISTS)'/$$list.txt || curl -fL --retry 3 -o '$(LISTS)'/$$list.txt $(NCRF)/$$list.txt || exit 1; done ;; esac
+	$(CHECK_STORE)
+	$(BIN)/python -m carn.bcsr.ncrf '$(LISTS)'
 	$(RUN) jobs/build_bcsr.py --slides s3://camelyon-dataset/CAMELYON16/images \
-	  --coordinates '$(LISTS)/tumor_train.txt' '$(LISTS)/normal_train.txt' --output '$(STORE)/bcsr'
+	  --coordinates '$(LISTS)/tumor_train.txt' '$(LISTS)/normal_train.txt' --output '$(STORE)/bcsr' $(BUILD)
 	$(TRAIN_AND_EVALUATE)
 
 lock:  ## remake requirements.lock from requirements.txt and requirements-dev.txt, in an empty environment

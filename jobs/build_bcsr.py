@@ -93,7 +93,8 @@ class BuildJob:
     output: str
     """Folder or s3:// prefix of the dataset."""
     slides: tuple[str, ...] = ()
-    """Slides: folders or s3:// prefixes, searched at any depth, or single files."""
+    """Slides: folders or s3:// prefixes, searched at any depth; globs ('s3://lab/2026-*/*.svs'); or
+    single files."""
     coordinates: tuple[str, ...] = ()
     """Coordinate lists: NCRF's (`Slide,x,y`, patch centres; label by file name, tumor* or normal*),
     or .csv with a header: uri (or slide), x, y, label."""

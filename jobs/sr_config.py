@@ -12,9 +12,9 @@ from typing import Any, Literal
 import tyro
 
 from carn import storage
+from carn.slides.listing import GLOB, is_pattern
 from carn.slides.slide_output import SlideFormat
 from carn.upscaling.engine import EngineConfig
-from carn.upscaling.inputs import GLOB
 from carn.upscaling.lr_view import InputConfig
 from carn.upscaling.task import PixelConfig
 
@@ -159,7 +159,7 @@ def _reads_results(root: str, output: str, *, is_image: bool) -> bool:
 
 
 def _finds_results(root: str, output: str, *, is_image: bool) -> bool:
-    wild = GLOB.search(root)
+    wild = GLOB.search(root) if is_pattern(root) else None
     base = root if wild is None else root[: wild.start()].rpartition("/")[0]
     own, wanted = output.rstrip("/").split("/"), root.split("/")
     # What comes of a folder below the output, such as an inbox in it, does not lie there.

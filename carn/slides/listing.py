@@ -1,5 +1,6 @@
 """Find the slides below a folder or prefix."""
 
+import fnmatch
 import logging
 import re
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ SLIDE_SUFFIXES = (
     *(".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".dcm", ".vms", ".vmu", ".czi"),
     ".svslide",
 )
+# What makes a name a pattern.
+GLOB = re.compile(r"[*?\[]")
 # Where a DICOM header of an ordinary slide names its series: well within its first kilobytes.
 DICOM_HEADER_BYTES = 16 * 1024
 # Headers asked for at once: over S3 each is a round trip of tens of milliseconds.
@@ -33,14 +36,15 @@ def list_slides(roots: Sequence[str]) -> list[str]:
 
 
 def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
-    """The slides below folders or prefixes, or named one by one, ordered by URI and distinct.
+    """The slides below folders or prefixes, that match, or named one by one, by URI and distinct.
 
     Files are proposed by their suffix. Of the files of one DICOM series, which are one slide, the
     first by name stands for all. Object storage tells sizes and tags with the names, a thousand a
     request.
 
     Raises:
-        MissingObjectError: a root is neither a file nor a folder or prefix with anything in it.
+        MissingObjectError: a root is neither a file nor a folder or prefix with anything in it, or
+            a pattern that no slide matches.
         StorageError: storage does not answer.
     """
     found: dict[str, ObjectStat] = {}
@@ -49,6 +53,9 @@ def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
         if root.lower().endswith(SLIDE_SUFFIXES) and storage.is_file(root):
             found[root] = storage.stat(root)
             continue
+        if is_pattern(root):
+            found.update((item.uri, item) for item in find_matching(root, SLIDE_SUFFIXES)[1])
+            continue
         below = storage.list_objects(root)
         if not below:
             raise MissingObjectError(root, "no file here, and no folder or prefix with files in it")
@@ -56,6 +63,43 @@ def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
             (item.uri, item) for item in below if item.uri.lower().endswith(SLIDE_SUFFIXES)
         )
     return [found[uri] for uri in _one_per_dicom_series(sorted(found))]
+
+
+def is_pattern(uri: str) -> bool:
+    """Whether a name has wildcards in it, and is not, as it stands, that of a local file."""
+    return GLOB.search(uri) is not None and (storage.is_s3(uri) or not Path(uri).exists())
+
+
+def find_matching(pattern: str, suffixes: Sequence[str]) -> tuple[str, list[ObjectStat]]:
+    """The folder before the first wildcard of a pattern, and the files below it that match.
+
+    Args:
+        pattern: a name with `*`, `?` or `[...]` in it; `*` stays within a folder.
+        suffixes: what files end with, in lower case.
+
+    Raises:
+        MissingObjectError: none matches.
+        StorageError: storage does not answer.
+    """
+    position = GLOB.search(pattern)
+    assert position is not None
+    base = pattern[: position.start()].rpartition("/")[0]
+    found = [
+        item
+        for item in storage.list_objects(base)
+        if _matches(item.uri, pattern) and item.uri.lower().endswith(tuple(suffixes))
+    ]
+    if not found:
+        raise MissingObjectError(
+            pattern, f"matches nothing that ends with one of {', '.join(suffixes)}"
+        )
+    return base, found
+
+
+def _matches(uri: str, pattern: str) -> bool:
+    """Whether each part of a name matches that of the pattern."""
+    parts, wanted = uri.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def _one_per_dicom_series(uris: list[str]) -> list[str]:

@@ -1,10 +1,8 @@
 """Which slides and images there are to super-resolve, by what name, and which content they have."""
 
 import csv
-import fnmatch
 import io
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,7 +10,7 @@ from dataclasses import dataclass, replace
 from carn import storage
 from carn.errors import CarnError, MissingObjectError
 from carn.slides.image import IMAGE_SUFFIXES
-from carn.slides.listing import SLIDE_SUFFIXES, find_slides
+from carn.slides.listing import SLIDE_SUFFIXES, find_matching, find_slides, is_pattern
 from carn.slides.slide import plausible_mpp
 from carn.storage import ObjectStat
 
@@ -20,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 # Files asked for their identity at once: over S3 each is a round trip of tens of milliseconds.
 NUM_IDENTITY_THREADS = 16
-GLOB = re.compile(r"[*?\[]")
 # Of a manifest: a million names of 64 characters.
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 # Folders below an output that are the program's own.
@@ -91,8 +88,8 @@ def _below(given: str, *, is_image: bool) -> list[SlideInput]:
     root = storage.normalize(given)
     if root.lower().endswith((".txt", ".csv")):
         return _of_manifest(root, is_image=is_image)
-    if GLOB.search(root):
-        base, found = _of_glob(root, is_image=is_image)
+    if is_pattern(root):
+        base, found = find_matching(root, IMAGE_SUFFIXES if is_image else SLIDE_SUFFIXES)
     elif is_image:
         base, found = root, _listed_images(root)
     else:
@@ -127,28 +124,6 @@ def _listed_images(root: str) -> list[ObjectStat]:
     if not images:
         raise MissingObjectError(root, f"no images here ({', '.join(IMAGE_SUFFIXES)})")
     return images
-
-
-def _of_glob(pattern: str, *, is_image: bool) -> tuple[str, list[ObjectStat]]:
-    """The folder before the first wildcard, and the files below it that match."""
-    position = GLOB.search(pattern)
-    assert position is not None
-    base = pattern[: position.start()].rpartition("/")[0]
-    suffixes = IMAGE_SUFFIXES if is_image else SLIDE_SUFFIXES
-    found = [
-        item
-        for item in storage.list_objects(base)
-        if _matches(item.uri, pattern) and item.uri.lower().endswith(suffixes)
-    ]
-    if not found:
-        raise MissingObjectError(pattern, "matches no " + ("images" if is_image else "slides"))
-    return base, found
-
-
-def _matches(uri: str, pattern: str) -> bool:
-    """Whether each part of a name matches that of the pattern: `*` stays within a folder."""
-    parts, wanted = uri.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def _of_manifest(uri: str, *, is_image: bool) -> list[SlideInput]:

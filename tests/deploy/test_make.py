@@ -1,11 +1,17 @@
 """What `make` starts is what the jobs take, for targets that no test runs from end to end."""
 
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from carn.bcsr import ncrf
+from carn.models.checkpoint import checkpoint_uri
+from carn.models.shipped import shipped_names
 from tests.deploy.manifests import ROOT, parse_command, shell_commands
+
+SUBMIT = "RUN=ray job submit --working-dir . -- python"
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,6 +32,7 @@ def jobs_of(*arguments: str) -> list[Any]:
     [
         (("own", "SLIDES=/data/my slides"), "own", 2),
         (("own", "SLIDES=/data/*.svs", "STORE=s3://lab/own", "SCALE=4"), "s3://lab/own", 4),
+        (("own", "SLIDES=/data", "SCALE=3"), "own", 3),
         (("camelyon",), "camelyon", 2),
         (("camelyon", "STORE=s3://lab/c16", "LISTS=s3://lab/lists"), "s3://lab/c16", 2),
     ],
@@ -37,27 +44,50 @@ def test_from_slides_to_a_network_that_is_held_against_ours(
     assert build.output == train.dataset == evaluate.dataset == f"{place}/bcsr"
     assert train.train.network.scale == scale
     assert train.train.steps == 300_000
-    assert evaluate.runs == (train.output, f"shipped:carn-x{scale}")
+    assert evaluate.output == f"{place}/evaluation-x{scale}"
+    own, *ours = evaluate.runs
+    assert own == train.output
+    assert [checkpoint_uri(name) for name in ours] == [
+        f"shipped:{name}" for name in shipped_names() if name.endswith(f"x{scale}")
+    ]
     if arguments[0] == "own":
         assert build.slides == (arguments[1].removeprefix("SLIDES="),)
-        assert build.draw.per_class is None
+        # Of the paper's 2,000 positions 1,200 are kept, the farthest from the mean colour.
+        assert (build.draw.per_class, build.draw.even_over_slides) == (2000, True)
     else:
-        assert [name.rsplit("/")[-1] for name in build.coordinates] == [
-            "tumor_train.txt",
-            "normal_train.txt",
-        ]
+        assert [name.rsplit("/")[-1] for name in build.coordinates] == list(ncrf.LISTS)
 
 
-def test_training_takes_further_options() -> None:
+def test_lists_are_fetched_to_where_they_are_read_from() -> None:
+    shown = make("--dry-run", "BIN=.", "camelyon", "STORE=s3://lab/c16").stdout
+    assert "-m carn.bcsr.ncrf 's3://lab/c16/lists'" in shown
+    assert "--coordinates 's3://lab/c16/lists/tumor_train.txt'" in shown
+
+
+def test_each_job_takes_further_options() -> None:
     recipe = "--config carn/models/shipped/carn-x2.yaml --steps 100"
-    _, train, _ = jobs_of("own", "SLIDES=/data", f"TRAIN={recipe}")
+    build, train, evaluate = jobs_of(
+        *("own", "SLIDES=/data", f"TRAIN={recipe}", "EVALUATE=--no-timing"),
+        r"BUILD=--group-regex patient_\\d+",
+    )
     assert (train.train.steps, train.train.optimizer.precision) == (100, "bf16")
+    assert build.select.group_regex == r"patient_\d+"
+    assert not evaluate.figures.timing
 
 
-def test_slides_have_to_be_said() -> None:
-    refused = make("own", "--assume-old=.venv/.setup-done")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("own",), "make own SLIDES=/data/slides"),
+        (("own", "SLIDES=s3://lab/in", SUBMIT), "make own STORE=s3://lab/own"),
+        (("camelyon", SUBMIT), "make camelyon STORE=s3://lab/camelyon"),
+    ],
+)
+def test_what_has_to_be_said(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    (tmp_path / ".setup-done").touch()
+    refused = make(*arguments, f"VENV={tmp_path}", f"--assume-old={tmp_path}/.setup-done")
     assert refused.returncode == 2
-    assert "make own SLIDES=/data/slides" in refused.stderr
+    assert says in refused.stderr
 
 
 def test_the_demo() -> None:

@@ -45,6 +45,20 @@ def test_roots_may_be_files_folders_and_repeated(root: str, put: Callable[..., l
     assert list_slides([root + "/"]) == [a, b, c]
 
 
+def test_patterns_find_what_matches(root: str, put: Callable[..., list[str]]) -> None:
+    first, second, _, _ = put("a/1.svs", "a/2.SVS", "a/3.txt", "b/c/1.svs")
+    assert list_slides([storage.join(root, "a/*")]) == [first, second]
+    assert list_slides([storage.join(root, "*/[1-2].svs")]) == [first]
+    with pytest.raises(MissingObjectError, match="matches nothing"):
+        list_slides([storage.join(root, "a/*.tif")])
+
+
+def test_a_folder_named_like_a_pattern_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "[old]").mkdir()
+    (tmp_path / "[old]" / "1.svs").touch()
+    assert list_slides([str(tmp_path / "[old]")]) == [str(tmp_path / "[old]" / "1.svs")]
+
+
 def test_a_folder_named_like_a_slide_is_a_folder(root: str, put: Callable[..., list[str]]) -> None:
     (slide,) = put("run.tif/a.tif")
     assert list_slides([storage.join(root, "run.tif")]) == [slide]

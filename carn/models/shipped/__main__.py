@@ -1,24 +1,38 @@
 """Make a network that comes with the project again.
 
+python -m carn.models.shipped fetch carn-x2 --sources downloads/
 python -m carn.models.shipped images carn-x2 --sources downloads/ --output images/
 python -m carn.models.shipped pack carn-x2 --run runs/carn-x2 --output carn/models/shipped/carn-x2
 python -m carn.models.shipped card carn-x2 --images images/ --evaluation evaluation/ --figure x.png
 
-The first makes the images that `jobs/build_bcsr.py --images` reads from those that the recipe
-names, the second puts a trained network where those are that come with the project, the third
-prints the scores and draws the crops of its card. What to run between them, recipe and card say.
+The first fetches the images that the recipe names, the second makes those of them that
+`jobs/build_bcsr.py --images` reads, the third puts a trained network where those are that come with
+the project, the fourth prints the scores and draws the crops of its card. What to run between them,
+recipe and card say.
 """
 
 import sys
 from pathlib import Path
 
-import pandas as pd
+import pyarrow.parquet as pq
 import tyro
+from tqdm import tqdm
 
 from carn.errors import CarnError, DatasetError
 from carn.models.checkpoint import checkpoint_hash
-from carn.models.shipped.card import crops_figure, scores_table
-from carn.models.shipped.recipe import pack, prepare_images, read_recipe
+from carn.models.shipped.card import crops_figure, read_scores, scores_table
+from carn.models.shipped.recipe import fetch_images, pack, prepare_images, read_recipe
+
+
+def fetch(name: tyro.conf.Positional[str], sources: Path) -> None:
+    """Fetch the images of a recipe from where they were published.
+
+    Args:
+        name: of the network.
+        sources: folder to put them into; those that are there, under any names, are not fetched.
+    """
+    count = sum(1 for _ in tqdm(fetch_images(read_recipe(name), sources), unit="image"))
+    print(f"{sources}: {count} fetched")  # noqa: T201
 
 
 def images(name: tyro.conf.Positional[str], sources: Path, output: Path) -> None:
@@ -33,16 +47,20 @@ def images(name: tyro.conf.Positional[str], sources: Path, output: Path) -> None
         print(f"{output / folder}: {count}")  # noqa: T201
 
 
-def pack_run(name: tyro.conf.Positional[str], run: str, output: Path) -> None:
+def pack_run(
+    name: tyro.conf.Positional[str], run: str, output: Path, overwrite: bool = False
+) -> None:
     """Put the best weights of a run where networks that come with the project are.
 
     Args:
         name: of the network.
         run: the training run, or a checkpoint of it.
         output: folder of the checkpoint.
+        overwrite: replace what is there.
     """
-    written = pack(run, output, name=name)
-    print(f"{output}: {checkpoint_hash(written)}, update {written.step}")  # noqa: T201
+    written = pack(run, output, name=name, overwrite=overwrite)
+    digest = checkpoint_hash(written).removeprefix("sha256:")
+    print(f"{output}: update {written.step}; in the recipe:\nweights_sha256: {digest}")  # noqa: T201
 
 
 def card(name: tyro.conf.Positional[str], images: Path, evaluation: Path, figure: Path) -> None:
@@ -57,17 +75,25 @@ def card(name: tyro.conf.Positional[str], images: Path, evaluation: Path, figure
     place = evaluation / "scores.parquet"
     if not place.is_file():
         raise DatasetError(f"{place} is missing; name the output of jobs/evaluate.py")
-    scores = pd.read_parquet(place)
+    if figure.suffix.lower() != ".png" or not figure.parent.is_dir():
+        raise DatasetError(f"{figure} must be a .png in a folder that there is")
+    scores = read_scores(pq.read_table(place).to_pylist(), name)
     print(scores_table(scores))  # noqa: T201
     crops_figure(name, images, scores).save(figure, optimize=True)
 
 
-if __name__ == "__main__":
+def cli() -> int:
+    """Run what is asked for; returns the process's exit status."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"images": images, "pack": pack_run, "card": card},
+            {"fetch": fetch, "images": images, "pack": pack_run, "card": card},
             prog="python -m carn.models.shipped",
         )
     except CarnError as error:
         print(f"shipped: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -5,11 +5,13 @@ whose names say which source they are of.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -18,11 +20,11 @@ from carn.bcsr.degradation import degrade
 from carn.errors import DatasetError
 from carn.metrics import to_uint8
 from carn.models.bicubic import Bicubic, BicubicConfig
-from carn.models.checkpoint import load_model
+from carn.models.checkpoint import load_model, read_checkpoint
 
 BASELINE = "bicubic"
 # `<order>_<split>_<source>_<image>`, as `prepare_images` calls them; the split and the source.
-_NAMED = re.compile(r"\d_((?:validation|test)_[a-z0-9-]+)_")
+_NAMED = re.compile(r"\d_(validation|test)_([a-z0-9-]+)_")
 
 CROP_PX = 96
 ZOOM = 3
@@ -32,81 +34,125 @@ _TITLE_PX = 22
 _BORDER_PX = 16
 
 
-def gains_by_source(scores: pd.DataFrame) -> pd.DataFrame:
-    """Every score with its split and source, and its gain over bicubic interpolation of that image.
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How a network did on one image.
+
+    Attributes:
+        source: split and source of the image, such as `test camelyon16`.
+        image: its name.
+        network: the name of a network that comes with the project, or else the model's.
+        psnr_db, ssim: in RGB.
+        gain_db: PSNR over that of bicubic interpolation of this image.
+    """
+
+    source: str
+    image: str
+    network: str
+    psnr_db: float
+    ssim: float
+    gain_db: float
+
+
+def read_scores(rows: Sequence[Mapping[str, Any]], name: str) -> list[Score]:
+    """Scores by image, those of bicubic interpolation first, then the network's, then others'.
 
     Args:
-        scores: rows of an evaluation's `scores.parquet`, of one scale.
-
-    Returns:
-        The rows with the columns `source` (such as `test camelyon16`) and `gain_db`.
+        rows: those of an evaluation's `scores.parquet`.
+        name: the network whose card it is; the evaluation must have it.
 
     Raises:
-        DatasetError: an image is not called as a recipe's are, or bicubic was not scored.
+        CheckpointError: there is no such network.
+        DatasetError: the evaluation lacks it or bicubic interpolation, is of another scale, has two
+            networks that would have one name, or an image that is not called as a recipe's are.
     """
-    names = scores["slide"].str.extract(_NAMED, expand=False)
-    if names.isna().any():
-        raise DatasetError(
-            f"{scores['slide'][names.isna()].iloc[0]} is not the name of an image of a recipe; "
-            "evaluate what `python -m carn.models.shipped images` made"
+    checkpoint = read_checkpoint(name)
+    if scales := sorted({row["scale"] for row in rows} - {checkpoint.scale}):
+        raise DatasetError(f"the evaluation is of x{scales[0]}; {name} is x{checkpoint.scale}")
+    names: dict[str, str] = {}
+    for row in rows:
+        is_ours = row["checkpoint"] == checkpoint.uri
+        called = name if is_ours else row["key"]
+        if names.setdefault(called, row["checkpoint"]) != row["checkpoint"]:
+            raise DatasetError(
+                f"the evaluation has two networks called {called}: {names[called]} and "
+                f"{row['checkpoint']}; evaluate without one of them"
+            )
+    if missing := {BASELINE, name} - names.keys():
+        raise DatasetError(f"the evaluation has no scores of {' and '.join(sorted(missing))}")
+    order = [BASELINE, name, *sorted(names.keys() - {BASELINE, name})]
+    called_by = {checkpoint: called for called, checkpoint in names.items()}
+    baseline = {row["tile_id"]: row["psnr_db"] for row in rows if row["key"] == BASELINE}
+    scores = [
+        Score(
+            source=_source_of(row["slide"]),
+            image=row["slide"],
+            network=called_by[row["checkpoint"]],
+            psnr_db=row["psnr_db"],
+            ssim=row["ssim"],
+            gain_db=row["psnr_db"] - baseline[row["tile_id"]],
         )
-    if scores["scale"].nunique() != 1:
-        raise DatasetError("the evaluation is of more than one scale; evaluate one at a time")
-    baseline = scores[scores["key"] == BASELINE].set_index("tile_id")["psnr_db"]
-    if not set(scores["tile_id"]) <= set(baseline.index):
-        raise DatasetError("the evaluation has no scores of bicubic interpolation for some images")
-    gains = scores["psnr_db"] - scores["tile_id"].map(baseline)
-    return scores.assign(source=names.str.replace("_", " ", n=1), gain_db=gains)
+        for row in rows
+    ]
+    return sorted(scores, key=lambda row: (row.source, order.index(row.network), row.image))
 
 
-def scores_table(scores: pd.DataFrame) -> str:
+def _source_of(image: str) -> str:
+    found = _NAMED.match(image)
+    if found is None:
+        raise DatasetError(
+            f"{image} is not the name of an image that `python -m carn.models.shipped images` made "
+            "for testing or validation; evaluate those"
+        )
+    return " ".join(found.groups())
+
+
+def scores_table(scores: Iterable[Score]) -> str:
     """Scores as a table in Markdown: a row for each source and network.
 
     Args:
-        scores: rows of an evaluation's `scores.parquet`, of one scale.
-
-    Raises:
-        DatasetError: as `gains_by_source`.
+        scores: as `read_scores` gives them.
     """
     lines = [
         "| source | images | network | PSNR, dB | SSIM | gain, dB | least to most | deviation |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    gains = gains_by_source(scores)
-    for source, of_source in gains.groupby("source", sort=True):
-        for key, rows in of_source.groupby("key", sort=False):
-            line = [source, len(rows), key, f"{rows.psnr_db.mean():.2f}", f"{rows.ssim.mean():.4f}"]
-            if key == BASELINE:
-                line += ["", "", ""]
-            else:
-                least, most = rows.gain_db.min(), rows.gain_db.max()
-                spread = f"{rows.gain_db.std():.2f}" if len(rows) > 1 else ""
-                line += [f"{rows.gain_db.mean():+.2f}", f"{least:+.2f} to {most:+.2f}", spread]
-            lines.append("| " + " | ".join(map(str, line)) + " |")
+    for (source, network), group in groupby(scores, key=lambda row: (row.source, row.network)):
+        rows = list(group)
+        psnr_db, ssim, gain_db = (
+            np.array([getattr(row, field) for row in rows])
+            for field in ("psnr_db", "ssim", "gain_db")
+        )
+        line = [source, str(len(rows)), network, f"{psnr_db.mean():.2f}", f"{ssim.mean():.4f}"]
+        if network == BASELINE:
+            line += ["", "", ""]
+        else:
+            spread = f"{gain_db.std(ddof=1):.2f}" if len(rows) > 1 else ""
+            line += [
+                f"{gain_db.mean():+.2f}",
+                f"{gain_db.min():+.2f} to {gain_db.max():+.2f}",
+                spread,
+            ]
+        lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
 
-def typical_images(scores: pd.DataFrame, key: str) -> dict[str, str]:
-    """The image of each source on which a network gains the median, by source.
+def typical_images(scores: Iterable[Score], name: str) -> dict[str, str]:
+    """The image of each source on which a network gains the median (the lower of two), by source.
 
     Args:
-        scores: rows of an evaluation's `scores.parquet`, of one scale.
-        key: the network's key in them.
-
-    Raises:
-        DatasetError: as `gains_by_source`, or the network was not evaluated.
+        scores: as `read_scores` gives them.
+        name: the network's.
     """
-    gains = gains_by_source(scores)
-    rows = gains[gains["key"] == key].sort_values(["gain_db", "slide"])
-    if rows.empty:
-        raise DatasetError(f"the evaluation has no scores of {key}")
-    return {
-        source: of_source["slide"].iloc[(len(of_source) - 1) // 2]
-        for source, of_source in rows.groupby("source", sort=True)
-    }
+    ours = [row for row in scores if row.network == name]
+    typical = {}
+    for source, group in groupby(ours, key=lambda row: row.source):
+        rows = sorted(group, key=lambda row: (row.gain_db, row.image))
+        typical[source] = rows[(len(rows) - 1) // 2].image
+    return typical
 
 
-def crops_figure(name: str, images: Path, scores: pd.DataFrame) -> Image.Image:
+def crops_figure(name: str, images: Path, scores: Iterable[Score]) -> Image.Image:
     """Crops side by side: LR enlarged by interpolation, SR, HR.
 
     Of each test source the image of the median gain, at its place of most detail: nothing is
@@ -115,57 +161,73 @@ def crops_figure(name: str, images: Path, scores: pd.DataFrame) -> Image.Image:
     Args:
         name: of the network.
         images: what `python -m carn.models.shipped images` made.
-        scores: rows of an evaluation's `scores.parquet`, of the network's scale.
+        scores: as `read_scores` gives them.
 
     Raises:
-        CheckpointError: there is no such network.
-        DatasetError: as `typical_images`, or an image is missing.
+        DatasetError: an image is missing or too small, or no source is of the test split.
     """
     network = load_model(name)
-    scale = int(network.scale)
+    scale = read_checkpoint(name).scale
     bicubic = Bicubic(BicubicConfig(), scale=scale)
-    rows = []
-    for source, image in typical_images(scores, name.partition("-")[0]).items():
-        split, _, folder = source.partition(" ")
+    rows: dict[str, list[UInt8[np.ndarray, "h w 3"]]] = {}
+    for source, image in typical_images(scores, name).items():
+        split, folder = source.split()
         if split != "test":
             continue
-        path = images / split / folder / f"{image}.png"
-        if not path.is_file():
-            raise DatasetError(f"{path} is missing; name the folder of the recipe's images")
-        with Image.open(path) as opened:
-            hr = np.asarray(opened.convert("RGB"))
+        hr = _read(images / split / folder / f"{image}.png")
         hr = hr[: hr.shape[0] // scale * scale, : hr.shape[1] // scale * scale]
         lr = torch.from_numpy(degrade(hr, scale=scale)).permute(2, 0, 1)[None] / 255
         with torch.inference_mode():
             sr = [to_uint8(model(lr))[0].permute(1, 2, 0).numpy() for model in (bicubic, network)]
         y, x = most_detailed(hr)
-        rows.append([pixels[y : y + CROP_PX, x : x + CROP_PX] for pixels in (*sr, hr)])
-    return _side_by_side(rows, [f"{40 // scale}x, enlarged by interpolation", name, "40x"])
+        rows[folder] = [pixels[y : y + CROP_PX, x : x + CROP_PX] for pixels in (*sr, hr)]
+    if not rows:
+        raise DatasetError("the evaluation has no test images")
+    return _side_by_side(rows, ["LR, enlarged by interpolation", name, "HR"])
+
+
+def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    if not path.is_file():
+        raise DatasetError(f"{path} is missing; name the folder of the recipe's images")
+    with Image.open(path) as opened:
+        pixels: UInt8[np.ndarray, "h w 3"] = np.asarray(opened.convert("RGB"))
+    if min(pixels.shape[:2]) < CROP_PX + 2 * _BORDER_PX:
+        raise DatasetError(f"{path} is too small for a crop of {CROP_PX} px")
+    return pixels
 
 
 def most_detailed(pixels: UInt8[np.ndarray, "h w 3"]) -> tuple[int, int]:
     """Top-left corner (y, x) of the crop whose neighbouring pixels differ most."""
     steps = np.abs(np.diff(pixels.astype(float).mean(axis=2), axis=1))
+    ends = [side - CROP_PX - _BORDER_PX + 1 for side in pixels.shape[:2]]
+    corners = [
+        (y, x)
+        for y in range(_BORDER_PX, max(ends[0], _BORDER_PX + 1), _BORDER_PX)
+        for x in range(_BORDER_PX, max(ends[1], _BORDER_PX + 1), _BORDER_PX)
+    ]
+    return max(
+        corners,
+        key=lambda at: steps[at[0] : at[0] + CROP_PX, at[1] : at[1] + CROP_PX - 1].mean(),
+    )
 
-    def corners() -> Iterator[tuple[float, int, int]]:
-        for y in range(_BORDER_PX, pixels.shape[0] - CROP_PX - _BORDER_PX + 1, _BORDER_PX):
-            for x in range(_BORDER_PX, pixels.shape[1] - CROP_PX - _BORDER_PX + 1, _BORDER_PX):
-                yield float(steps[y : y + CROP_PX, x : x + CROP_PX - 1].mean()), -y, -x
 
-    _, y, x = max(corners())
-    return -y, -x
-
-
-def _side_by_side(rows: list[list[UInt8[np.ndarray, "h w 3"]]], titles: list[str]) -> Image.Image:
-    step = CROP_PX * ZOOM + _GAP_PX
-    size = (len(titles) * step + _GAP_PX, len(rows) * step + _GAP_PX + _TITLE_PX)
+def _side_by_side(
+    rows: Mapping[str, list[UInt8[np.ndarray, "h w 3"]]], titles: Sequence[str]
+) -> Image.Image:
+    """Rows of crops, each below its title, with the titles of the columns on top."""
+    side = CROP_PX * ZOOM
+    height = _TITLE_PX + side + _GAP_PX
+    size = (len(titles) * (side + _GAP_PX) + _GAP_PX, _TITLE_PX + len(rows) * height)
     figure = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(figure)
     font = ImageFont.load_default(15)
     for column, title in enumerate(titles):
-        draw.text((_GAP_PX + column * step, 3), title, fill="black", font=font)
-        for row, crops in enumerate(rows):
-            crop = Image.fromarray(crops[column])
-            crop = crop.resize((CROP_PX * ZOOM,) * 2, Image.Resampling.NEAREST)
-            figure.paste(crop, (_GAP_PX + column * step, _TITLE_PX + _GAP_PX + row * step))
+        left = _GAP_PX + column * (side + _GAP_PX)
+        draw.text((left, 3), title, fill="black", font=font)
+        for number, (row, crops) in enumerate(rows.items()):
+            top = _TITLE_PX + number * height
+            if column == 0:
+                draw.text((left, top + 3), row, fill="#666666", font=font)
+            crop = Image.fromarray(crops[column]).resize((side, side), Image.Resampling.NEAREST)
+            figure.paste(crop, (left, top + _TITLE_PX))
     return figure

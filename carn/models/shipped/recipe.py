@@ -6,6 +6,9 @@ Images are found by content, so they may lie in any folders and have any names.
 """
 
 import hashlib
+import shutil
+import tempfile
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ from carn.models.checkpoint import (
     write_checkpoint,
 )
 from carn.models.shipped import FOLDER
+from carn.web import fetch
 
 Split = Literal["train", "validation", "test"]
 
@@ -111,8 +115,42 @@ def find_images(recipe: Recipe, folder: Path) -> dict[str, Path]:
     """Where the images of a recipe are in a folder, by SHA-256.
 
     Raises:
-        DatasetError: some are not there; each is named with its source.
+        DatasetError: some are not there; each is named with where it was published.
     """
+    found = _images_there(recipe, folder)
+    missing = [row for row in recipe.images if row.sha256 not in found]
+    if missing:
+        named = "\n".join(f"  {published_at(recipe, row)}" for row in missing)
+        raise DatasetError(
+            f"{folder} lacks {len(missing)} images of {recipe.name}; `python -m "
+            f"carn.models.shipped fetch {recipe.name} --sources {folder}` fetches them:\n{named}"
+        )
+    return found
+
+
+def fetch_images(recipe: Recipe, folder: Path) -> Iterator[Path]:
+    """Fetch those images of a recipe that are not in a folder yet; yields where each is put.
+
+    Raises:
+        DatasetError: what is published is no longer what it was.
+        StorageError: the network or the disk does not answer.
+    """
+    there = _images_there(recipe, folder) if folder.is_dir() else {}
+    for row in recipe.images:
+        if row.sha256 in there:
+            continue
+        url = published_at(recipe, row)
+        content = fetch(url)
+        if hashlib.sha256(content).hexdigest() != row.sha256:
+            raise DatasetError(f"{url} is no longer what {recipe.name} was trained on")
+        path = folder / row.source / row.path
+        storage.write_bytes(str(path), content)
+        yield path
+
+
+def _images_there(recipe: Recipe, folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is no folder; name the one with the images")
     wanted = {row.sha256 for row in recipe.images}
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
@@ -120,10 +158,6 @@ def find_images(recipe: Recipe, folder: Path) -> dict[str, Path]:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             if digest in wanted:
                 found.setdefault(digest, path)
-    missing = [row for row in recipe.images if row.sha256 not in found]
-    if missing:
-        named = "\n".join(f"  {_published(recipe, row)}" for row in missing)
-        raise DatasetError(f"{folder} lacks {len(missing)} images of {recipe.name}:\n{named}")
     return found
 
 
@@ -142,8 +176,8 @@ def prepare_images(recipe: Recipe, sources: Path, output: Path) -> dict[str, int
     Raises:
         DatasetError: images are missing, or there is something in `output` already.
     """
-    if output.exists() and any(output.iterdir()):
-        raise DatasetError(f"{output} is not empty; name another folder")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise DatasetError(f"{output} is no empty folder; name another")
     places = find_images(recipe, sources)
     counts: dict[str, int] = {}
     for row in recipe.images:
@@ -157,7 +191,7 @@ def prepare_images(recipe: Recipe, sources: Path, output: Path) -> dict[str, int
     return counts
 
 
-def pack(run: str, folder: Path, *, name: str) -> Checkpoint:
+def pack(run: str, folder: Path, *, name: str, overwrite: bool = False) -> Checkpoint:
     """Put the best weights of a training run where networks that come with the project are.
 
     What is needed to go on training is left out, and so is where things lay.
@@ -166,26 +200,42 @@ def pack(run: str, folder: Path, *, name: str) -> Checkpoint:
         run: the run's folder, or a checkpoint.
         folder: where to put it.
         name: of the recipe.
+        overwrite: replace what is in the folder.
 
     Returns:
         The checkpoint that is written.
 
     Raises:
-        CheckpointError, AccessDeniedError, StorageError: as `read_checkpoint`.
+        CheckpointError: there is no such recipe, the run is of another network or scale than it
+            says, something is in the folder already, or as `read_checkpoint`.
+        AccessDeniedError, StorageError: as `read_checkpoint`.
     """
+    config = read_recipe(name).config
     checkpoint = read_checkpoint(run)
-    written = write_checkpoint(
-        str(folder),
-        model=load_model(checkpoint),
-        model_name=checkpoint.model_name,
-        training=checkpoint.training,
-        step=checkpoint.step,
-        dataset={"digest": (checkpoint.dataset or {}).get("digest"), "recipe": f"{name}.yaml"},
-        metrics=checkpoint.metrics,
-    )
-    if checkpoint_hash(written) != checkpoint_hash(checkpoint):
-        raise CheckpointError(f"{run} was stored by other code: its weights come out otherwise")
-    return written
+    wanted, is_ = (config["model"], config["scale"]), (checkpoint.model_name, checkpoint.scale)
+    if wanted != is_:
+        raise CheckpointError(
+            f"{run} is {is_[0]} x{is_[1]}; the recipe {name} makes {wanted[0]} x{wanted[1]}"
+        )
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(f"{folder} is not empty; name another folder, or say --overwrite")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        written = write_checkpoint(
+            f"{place}/{name}",
+            model=load_model(checkpoint),
+            model_name=checkpoint.model_name,
+            training=checkpoint.training,
+            step=checkpoint.step,
+            dataset={"digest": (checkpoint.dataset or {}).get("digest"), "recipe": f"{name}.yaml"},
+            metrics=checkpoint.metrics,
+        )
+        if checkpoint_hash(written) != checkpoint_hash(checkpoint):
+            raise CheckpointError(f"{run} was stored by other code: its weights come out otherwise")
+        if folder.exists():
+            shutil.rmtree(folder)
+        Path(place, name).rename(folder)
+    return read_checkpoint(str(folder))
 
 
 def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -218,6 +268,8 @@ def halved(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
     return small
 
 
-def _published(recipe: Recipe, row: ImageRow) -> str:
+def published_at(recipe: Recipe, row: ImageRow) -> str:
+    """The address of an image of a recipe."""
     about = recipe.sources[row.source]
-    return storage.join(str(about["repository"]), "blob", str(about["commit"]), row.path)
+    path = urllib.parse.quote(row.path)
+    return storage.join(str(about["repository"]), "raw", str(about["commit"]), path)
