@@ -241,6 +241,9 @@ def build_dataset(
     _commit(output, manifest)
     if job.select.split == "by-slide":
         _warn_of_splits(job, manifest)
+    if not job.images:
+        for doubt in build.doubts_about_magnification(manifest["inputs"]):
+            logger.warning("%s", doubt)
     return manifest
 
 

@@ -96,7 +96,8 @@ class ClassifyJob:
     """Folder or s3:// prefix of PCam's HDF5 files, unpacked
     (https://zenodo.org/records/2546921)."""
     models: tuple[str, ...] = ()
-    """Checkpoints or training runs whose SR is tested."""
+    """Checkpoints, training runs or networks that come with the project (carn-x2) whose SR is
+    tested."""
     train_on: TrainOn = "gt"
     """`gt`: one classifier, trained on GT and tested on all. `each`: one for each kind of
     picture."""

@@ -159,8 +159,8 @@ class EvaluateJob:
     dataset: str
     """Folder or s3:// prefix of a finished bcSR dataset."""
     runs: tuple[str, ...] = ()
-    """Training runs, checkpoints, weights files, or folders of runs, of which the finished ones
-    count."""
+    """Training runs, checkpoints, weights files, names of networks that come with the project
+    (carn-x2), or folders of runs, of which the finished ones count."""
     output: str = "evaluation"
     """Folder or s3:// prefix of the evaluation, which all nodes must share."""
     score: ScoreConfig

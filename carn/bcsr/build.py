@@ -259,6 +259,32 @@ def make_manifest(
     }
 
 
+# HR pixels of scanners at 40x are of 0.22 to 0.26 um; at the next magnification, twice as large.
+MAX_MPP_RATIO = 1.3
+
+
+def doubts_about_magnification(inputs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What speaks against training on tiles of these slides, as sentences.
+
+    Args:
+        inputs: those of a manifest: `slide`, `mpp_x` (um per px, or None).
+    """
+    known = sorted((row["mpp_x"], row["slide"]) for row in inputs if row["mpp_x"] is not None)
+    doubts = []
+    if num_unknown := len(inputs) - len(known):
+        doubts.append(
+            f"{num_unknown} of {len(inputs)} slides do not say their um per px: nobody can "
+            "tell whether their tiles are of the magnification that is meant"
+        )
+    if known and known[-1][0] > MAX_MPP_RATIO * known[0][0]:
+        (least, finest), (most, coarsest) = known[0], known[-1]
+        doubts.append(
+            f"tiles are of {least:.3g} ({finest}) to {most:.3g} um/px ({coarsest}): a network is "
+            "for one magnification; build from slides of one"
+        )
+    return doubts
+
+
 def write_table(uri: str, table: pa.Table) -> None:
     """Write a small table as Parquet, atomically; equal tables give equal bytes."""
     buffer = io.BytesIO()

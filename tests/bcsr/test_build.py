@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from carn.bcsr.build import (
     PAPER_CHANNEL_MEANS,
+    doubts_about_magnification,
     failures_table,
     group_of,
     make_manifest,
@@ -399,3 +400,24 @@ def test_numbered_images_keep_their_sides_when_some_do_not_read(measured) -> Non
     assert {name for name, status in found.items() if status == "validation"} == {"0008", "0009"}
     # None is dropped by rank, whatever `keep` says.
     assert list(found.values()).count("train") == 6
+
+
+# ------------------------------------------------------------------------------- magnification
+
+
+def test_slides_of_one_magnification_raise_no_doubts() -> None:
+    inputs = [{"slide": f"s{mpp}", "mpp_x": mpp} for mpp in (0.2201, 0.243, 0.2525)]
+    assert doubts_about_magnification(inputs) == []
+    assert doubts_about_magnification([]) == []
+
+
+def test_what_speaks_against_training_is_said() -> None:
+    inputs = [
+        {"slide": "Fine", "mpp_x": 0.25},
+        {"slide": "Coarse", "mpp_x": 0.5},
+        {"slide": "Plain", "mpp_x": None},
+    ]
+    unknown, mixed = doubts_about_magnification(inputs)
+    assert unknown.startswith("1 of 3 slides do not say their um per px")
+    assert "0.25 (Fine) to 0.5 um/px (Coarse)" in mixed
+    assert len(doubts_about_magnification(inputs[2:])) == 1
