@@ -1,5 +1,6 @@
-"""What `make` starts is what the jobs take, for targets that no test runs from end to end."""
+"""What `make` starts and what a newcomer reads is what the jobs take."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from carn.bcsr import ncrf
 from carn.models.checkpoint import checkpoint_uri
 from carn.models.shipped import shipped_names
-from tests.deploy.manifests import ROOT, parse_command, shell_commands
+from tests.deploy.manifests import JOBS, ROOT, parse_command, shell_commands
 
 SUBMIT = "RUN=ray job submit --working-dir . -- python"
 
@@ -99,3 +100,25 @@ def test_the_demo() -> None:
 def test_help_names_every_target() -> None:
     phony = (ROOT / "Makefile").read_text().partition(".PHONY:")[2].splitlines()[0].split()
     assert sorted(line.split()[0] for line in make("help").stdout.splitlines()) == sorted(phony)
+
+
+def read_by_newcomers() -> list[str]:
+    """Commands of jobs in the README and in the cards of networks."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs" / "models").glob("*.md"))]
+    lines = [
+        line
+        for page in pages
+        for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines()
+        if line.startswith("    ") and "python jobs/" in line
+    ]
+    return [line[line.index("python jobs/") :] for line in shell_commands("\n".join(lines))]
+
+
+@pytest.mark.parametrize("command", read_by_newcomers())
+def test_what_newcomers_read(command: str) -> None:
+    parse_command(command)
+
+
+def test_newcomers_read_of_every_job() -> None:
+    commands = " ".join(read_by_newcomers())
+    assert {name for name in JOBS if f"jobs/{name}.py" in commands} == JOBS

@@ -7,8 +7,9 @@ from pathlib import Path
 from ray._private.runtime_env.packaging import create_package
 
 ROOT = Path(__file__).parents[2]
-# docs/cluster.md says 8 MB; Ray warns beyond 10 and refuses 500.
-MAX_BYTES = 9_000_000
+# docs/cluster.md says 14 MB. Ray warns of files beyond 10 MiB, and refuses 500 in all.
+MAX_BYTES = 15_000_000
+MAX_FILE_BYTES = 10 * 2**20
 
 
 def sent(folder: Path, package: Path) -> dict[str, int]:
@@ -37,5 +38,6 @@ def test_the_code_goes_along_and_what_jobs_left_does_not(tmp_path: Path) -> None
     assert {"jobs/train.py", "carn/storage.py", "tune_spaces/blocks.yaml"} <= files.keys()
     assert not [name for name in files if name.split("/")[0] in left]
     assert sum(files.values()) < MAX_BYTES
+    assert max(files.values()) < MAX_FILE_BYTES
     own = {str(path.relative_to(folder)) for path in (folder / "carn").rglob("*") if path.is_file()}
     assert own <= files.keys(), "an ignored name is one of the code"
