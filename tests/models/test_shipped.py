@@ -84,6 +84,14 @@ def test_its_recipe_is_that_of_its_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_its_card_is_that_of_its_weights(name: str) -> None:
+    card = (ROOT / "docs" / "models" / f"{name}.md").read_text()
+    assert f"`{read_recipe(name).weights_sha256}`" in card
+    assert f"]({name}.png)" in card
+    assert (ROOT / "docs" / "models" / f"{name}.png").is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_it_says_nothing_of_where_it_was_made(name: str) -> None:
     assert "/" not in (shipped.FOLDER / name / "checkpoint.json").read_text()
     assert sorted(path.name for path in (shipped.FOLDER / name).iterdir()) == [
