@@ -81,11 +81,12 @@ format: $(STAMP)  ## let ruff put the code in order
 bench: $(STAMP)  ## every benchmark; each prints its table and one line of JSON
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-# What a submitted job writes beside its code is thrown away with it.
-define CHECK_STORE
+# Before anything is installed. What a submitted job writes beside its code is thrown away with it.
+.PHONY: check-own check-camelyon
+check-own check-camelyon: check-%:
+	@test '$*' != own || test -n '$(SLIDES)' || { echo 'say where your slides are: make own SLIDES=/data/slides' >&2; exit 2; }
 	@case '$(RUN)' in *"job submit"*) case '$(STORE)' in s3://*|/*) ;; *) \
-	  echo 'jobs on a cluster need a place that all nodes share: make $@ STORE=s3://lab/$@' >&2; exit 2;; esac; esac
-endef
+	  echo 'jobs on a cluster need a place that all nodes share: make $* STORE=s3://lab/$*' >&2; exit 2;; esac; esac
 
 define TRAIN_AND_EVALUATE
 	$(RUN) jobs/train.py --dataset '$(STORE)/bcsr' --scale $(SCALE) --output '$(STORE)/runs/$(NETWORK)' $(TRAIN)
@@ -97,16 +98,13 @@ define TRAIN_AND_EVALUATE
 endef
 
 own: STORE ?= own
-own: $(STAMP)  ## a network of your own from slides at 40x: make own SLIDES=FOLDER [SCALE=4 STORE= RUN= BUILD= TRAIN=]
-	@test -n '$(SLIDES)' || { echo 'say where your slides are: make own SLIDES=/data/slides' >&2; exit 2; }
-	$(CHECK_STORE)
+own: check-own $(STAMP)  ## a network of your own from slides at 40x: make own SLIDES=FOLDER [SCALE=4 STORE= RUN= BUILD= TRAIN=]
 	$(RUN) jobs/build_bcsr.py --slides '$(SLIDES)' --output '$(STORE)/bcsr' --per-class 2000 --even-over-slides \
 	  --on-bad-slide skip $(BUILD)
 	$(TRAIN_AND_EVALUATE)
 
 camelyon: STORE ?= camelyon
-camelyon: $(STAMP)  ## the paper's training on CAMELYON16 from its public bucket; docs/models/carn-x2.md says what it takes
-	$(CHECK_STORE)
+camelyon: check-camelyon $(STAMP)  ## the paper's training on CAMELYON16 from its public bucket; docs/models/carn-x2.md says what it takes
 	$(BIN)/python -m carn.bcsr.ncrf '$(LISTS)'
 	$(RUN) jobs/build_bcsr.py --slides s3://camelyon-dataset/CAMELYON16/images \
 	  --coordinates '$(LISTS)/tumor_train.txt' '$(LISTS)/normal_train.txt' --output '$(STORE)/bcsr' $(BUILD)

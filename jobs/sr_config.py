@@ -12,7 +12,7 @@ from typing import Any, Literal
 import tyro
 
 from carn import storage
-from carn.slides.listing import GLOB, is_pattern
+from carn.slides.listing import pattern_folder
 from carn.slides.slide_output import SlideFormat
 from carn.upscaling.engine import EngineConfig
 from carn.upscaling.lr_view import InputConfig
@@ -159,12 +159,12 @@ def _reads_results(root: str, output: str, *, is_image: bool) -> bool:
 
 
 def _finds_results(root: str, output: str, *, is_image: bool) -> bool:
-    wild = GLOB.search(root) if is_pattern(root) else None
-    base = root if wild is None else root[: wild.start()].rpartition("/")[0]
+    folder = pattern_folder(root)
+    base = root if folder is None else folder
     own, wanted = output.rstrip("/").split("/"), root.split("/")
     # What comes of a folder below the output, such as an inbox in it, does not lie there.
     is_within = f"{output.rstrip('/')}/".startswith(f"{base.rstrip('/')}/")
-    if wild is None or not is_within:
+    if folder is None or not is_within:
         return is_within
     # The slides that a glob finds are known by their provenance; the pictures are not.
     depth = len(wanted) - len(own)

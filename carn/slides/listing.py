@@ -53,8 +53,9 @@ def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
         if root.lower().endswith(SLIDE_SUFFIXES) and storage.is_file(root):
             found[root] = storage.stat(root)
             continue
-        if is_pattern(root):
-            found.update((item.uri, item) for item in find_matching(root, SLIDE_SUFFIXES)[1])
+        if (folder := pattern_folder(root)) is not None:
+            matching = find_matching(root, folder, SLIDE_SUFFIXES)
+            found.update((item.uri, item) for item in matching)
             continue
         below = storage.list_objects(root)
         if not below:
@@ -65,35 +66,39 @@ def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
     return [found[uri] for uri in _one_per_dicom_series(sorted(found))]
 
 
-def is_pattern(uri: str) -> bool:
-    """Whether a name has wildcards in it, and is not, as it stands, that of a local file."""
-    return GLOB.search(uri) is not None and (storage.is_s3(uri) or not Path(uri).exists())
+def pattern_folder(uri: str) -> str | None:
+    """The folder before the first wildcard of a name; None where the name is no pattern.
+
+    A name with wildcards in it that a local file or folder has, as it stands, is that of the file.
+    """
+    wildcard = GLOB.search(uri)
+    if wildcard is None or (not storage.is_s3(uri) and Path(uri).exists()):
+        return None
+    return uri[: wildcard.start()].rpartition("/")[0]
 
 
-def find_matching(pattern: str, suffixes: Sequence[str]) -> tuple[str, list[ObjectStat]]:
-    """The folder before the first wildcard of a pattern, and the files below it that match.
+def find_matching(pattern: str, folder: str, suffixes: Sequence[str]) -> list[ObjectStat]:
+    """The files that match a pattern.
 
     Args:
         pattern: a name with `*`, `?` or `[...]` in it; `*` stays within a folder.
+        folder: its `pattern_folder`.
         suffixes: what files end with, in lower case.
 
     Raises:
         MissingObjectError: none matches.
         StorageError: storage does not answer.
     """
-    position = GLOB.search(pattern)
-    assert position is not None
-    base = pattern[: position.start()].rpartition("/")[0]
     found = [
         item
-        for item in storage.list_objects(base)
+        for item in storage.list_objects(folder)
         if _matches(item.uri, pattern) and item.uri.lower().endswith(tuple(suffixes))
     ]
     if not found:
         raise MissingObjectError(
             pattern, f"matches nothing that ends with one of {', '.join(suffixes)}"
         )
-    return base, found
+    return found
 
 
 def _matches(uri: str, pattern: str) -> bool:

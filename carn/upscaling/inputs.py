@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from carn import storage
 from carn.errors import CarnError, MissingObjectError
 from carn.slides.image import IMAGE_SUFFIXES
-from carn.slides.listing import SLIDE_SUFFIXES, find_matching, find_slides, is_pattern
+from carn.slides.listing import SLIDE_SUFFIXES, find_matching, find_slides, pattern_folder
 from carn.slides.slide import plausible_mpp
 from carn.storage import ObjectStat
 
@@ -88,8 +88,9 @@ def _below(given: str, *, is_image: bool) -> list[SlideInput]:
     root = storage.normalize(given)
     if root.lower().endswith((".txt", ".csv")):
         return _of_manifest(root, is_image=is_image)
-    if is_pattern(root):
-        base, found = find_matching(root, IMAGE_SUFFIXES if is_image else SLIDE_SUFFIXES)
+    base = pattern_folder(root)
+    if base is not None:
+        found = find_matching(root, base, IMAGE_SUFFIXES if is_image else SLIDE_SUFFIXES)
     elif is_image:
         base, found = root, _listed_images(root)
     else:

@@ -85,10 +85,10 @@ def test_each_job_takes_further_options() -> None:
     ],
 )
 def test_what_has_to_be_said(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
-    (tmp_path / ".setup-done").touch()
-    refused = make(*arguments, f"VENV={tmp_path}", f"--assume-old={tmp_path}/.setup-done")
+    refused = make(*arguments, f"VENV={tmp_path}/none")
     assert refused.returncode == 2
     assert says in refused.stderr
+    assert not list(tmp_path.iterdir()), "something was installed before"
 
 
 def test_the_demo() -> None:

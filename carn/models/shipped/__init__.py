@@ -30,8 +30,8 @@ def shipped_uri(name: str) -> str | None:
         CheckpointError: it is also that of something in the working folder, or `shipped:` stands
             before a name that there is none of.
     """
-    name = name.rstrip("/") if name.startswith(SCHEME) else name
     if name.startswith(SCHEME):
+        name = name.rstrip("/")
         if name.removeprefix(SCHEME) not in shipped_names():
             raise CheckpointError(
                 f"{name}: no such network comes with the project; there are "

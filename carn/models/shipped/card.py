@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from carn.bcsr.degradation import degrade
 from carn.errors import DatasetError
-from carn.metrics import to_uint8
+from carn.evaluation.crops import CROP_PX
+from carn.evaluation.scoring import pair, super_resolve
 from carn.models.bicubic import Bicubic, BicubicConfig
 from carn.models.checkpoint import load_model, read_checkpoint
+from carn.models.shipped.recipe import read_rgb
 
 BASELINE = "bicubic"
 # `<order>_<split>_<source>_<image>`, as `prepare_images` calls them; the split and the source.
 _NAMED = re.compile(r"\d_(validation|test)_([a-z0-9-]+)_")
 
-CROP_PX = 96
 ZOOM = 3
 _GAP_PX = 8
 _TITLE_PX = 22
@@ -166,19 +165,21 @@ def crops_figure(name: str, images: Path, scores: Iterable[Score]) -> Image.Imag
     Raises:
         DatasetError: an image is missing or too small, or no source is of the test split.
     """
-    network = load_model(name)
-    scale = read_checkpoint(name).scale
-    bicubic = Bicubic(BicubicConfig(), scale=scale)
+    checkpoint = read_checkpoint(name)
+    scale = checkpoint.scale
+    models = (Bicubic(BicubicConfig(), scale=scale), load_model(checkpoint))
     rows: dict[str, list[UInt8[np.ndarray, "h w 3"]]] = {}
     for source, image in typical_images(scores, name).items():
         split, folder = source.split()
         if split != "test":
             continue
-        hr = _read(images / split / folder / f"{image}.png")
-        hr = hr[: hr.shape[0] // scale * scale, : hr.shape[1] // scale * scale]
-        lr = torch.from_numpy(degrade(hr, scale=scale)).permute(2, 0, 1)[None] / 255
-        with torch.inference_mode():
-            sr = [to_uint8(model(lr))[0].permute(1, 2, 0).numpy() for model in (bicubic, network)]
+        lr, hr = pair(
+            _read(images / split / folder / f"{image}.png"), scale=scale, protocol="aligned"
+        )
+        sr = [
+            super_resolve(model, lr, scale=scale, name=image)[0].permute(1, 2, 0).numpy()
+            for model in models
+        ]
         y, x = most_detailed(hr)
         rows[folder] = [pixels[y : y + CROP_PX, x : x + CROP_PX] for pixels in (*sr, hr)]
     if not rows:
@@ -189,8 +190,7 @@ def crops_figure(name: str, images: Path, scores: Iterable[Score]) -> Image.Imag
 def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     if not path.is_file():
         raise DatasetError(f"{path} is missing; name the folder of the recipe's images")
-    with Image.open(path) as opened:
-        pixels: UInt8[np.ndarray, "h w 3"] = np.asarray(opened.convert("RGB"))
+    pixels = read_rgb(path)
     if min(pixels.shape[:2]) < CROP_PX + 2 * _BORDER_PX:
         raise DatasetError(f"{path} is too small for a crop of {CROP_PX} px")
     return pixels

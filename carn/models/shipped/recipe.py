@@ -182,7 +182,7 @@ def prepare_images(recipe: Recipe, sources: Path, output: Path) -> dict[str, int
     counts: dict[str, int] = {}
     for row in recipe.images:
         folders = ["all"] if row.split == "train" else ["all", f"{row.split}/{row.source}"]
-        for suffix, pixels in _pieces(_read(places[row.sha256]), row):
+        for suffix, pixels in _pieces(read_rgb(places[row.sha256]), row):
             stem = f"{_ORDER[row.split]}_{row.split}_{row.source}_{Path(row.path).stem}{suffix}"
             for folder in folders:
                 (output / folder).mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,8 @@ def pack(run: str, folder: Path, *, name: str, overwrite: bool = False) -> Check
     return read_checkpoint(str(folder))
 
 
-def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+def read_rgb(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of an image, (H, W, 3) uint8."""
     with Image.open(path) as image:
         pixels: UInt8[np.ndarray, "h w 3"] = np.asarray(image.convert("RGB"))
         return pixels
