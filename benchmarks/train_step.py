@@ -64,7 +64,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.read_tiles import tissue_tiles
 from carn.bcsr.dataset import BcsrDataset
-from carn.bcsr.degradation import degrade
+from carn.degradation.bicubic import degrade
 from carn.models.layers import BCSR_MEAN
 from carn.models.table import build_model
 from carn.training.config import OptimizerConfig, Precision, TrainConfig, learning_rate, resolve

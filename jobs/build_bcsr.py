@@ -40,7 +40,6 @@ from carn.bcsr import build
 from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig, StoreConfig
 from carn.bcsr.coordinates import draw_positions
 from carn.bcsr.dataset import read_manifest, write_manifest
-from carn.bcsr.degradation import DEGRADATION, SCALES
 from carn.bcsr.export import begin_export, export_state, finish_export, first_numbers
 from carn.bcsr.locate import LOCATED
 from carn.bcsr.schema import MEASURED, SPLITS
@@ -48,6 +47,7 @@ from carn.bcsr.selection import check_groups
 from carn.bcsr.shards import ShardPlan, plan_shards
 from carn.bcsr.source import Source, find_images, find_listed, find_slides
 from carn.bcsr.stages import export_unit, locate_unit, measure_unit, picture_unit, write_unit
+from carn.degradation.bicubic import BICUBIC, SCALES
 from carn.errors import CarnError, DatasetError, StorageError
 from carn.log_lines import on_one_line, start_logging
 from carn.report.bcsr_report import render
@@ -505,7 +505,7 @@ def export_edsr(
         "shards": [[shard["name"], shard["num_tiles"]] for shard in manifest["shards"]],
         "splits": manifest["splits"],
         "scales": sorted(job.export_scales),
-        "degradation": DEGRADATION,
+        "degradation": BICUBIC,
     }
     known, is_finished = export_state(export_uri)
     if known == state and is_finished:

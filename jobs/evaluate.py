@@ -30,7 +30,7 @@ import tyro
 
 from carn import storage
 from carn.bcsr.dataset import BcsrDataset, open_dataset
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 from carn.errors import CarnError, DatasetError
 from carn.evaluation.crops import CropStrip, choose_tiles
 from carn.evaluation.lpips import load_lpips

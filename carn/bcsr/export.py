@@ -12,8 +12,8 @@ from typing import Any
 from carn import storage
 from carn.bcsr.codec import encode
 from carn.bcsr.dataset import shard_tiles
-from carn.bcsr.degradation import degrade
 from carn.bcsr.shards import shard_uri
+from carn.degradation.bicubic import degrade
 
 # Written last; says which dataset the folder holds.
 EXPORT_MARKER = "export.json"

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from carn.bcsr.degradation import SCALES
 from carn.classification.resnet import Depth
+from carn.degradation.bicubic import SCALES
 
 # `gt`: one classifier, trained on GT and tested on every kind of picture. `each`: one classifier
 # for each kind, trained and tested on that kind.

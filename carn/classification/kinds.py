@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from carn.bcsr.degradation import crop_to_multiple, degrade
 from carn.classification.crops import CropIndex
+from carn.degradation.bicubic import crop_to_multiple, degrade
 from carn.metrics import to_uint8
 from carn.models.bicubic import Bicubic, BicubicConfig
 from carn.models.checkpoint import Checkpoint, load_model, read_checkpoint

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from carn.bcsr.degradation import crop_to_multiple, degrade
+from carn.degradation.bicubic import crop_to_multiple, degrade
 from carn.errors import CarnError
 from carn.evaluation.lpips import Lpips
 from carn.metrics import convention, psnr, ssim, to_uint8

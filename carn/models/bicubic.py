@@ -19,7 +19,7 @@ def enlarge_bicubic(
 ) -> Float[Tensor, "b c {scale}*h {scale}*w"]:
     """Pixels enlarged by cubic convolution with a = -0.5, weights renormalized at the border.
 
-    The kernel that LR is made with (`carn.bcsr.degradation`), and that of Pillow's BICUBIC and of
+    The kernel that LR is made with (`carn.degradation`), and that of Pillow's BICUBIC and of
     MATLAB's imresize (which mirrors the border).
     Source: R. Keys 1981, https://doi.org/10.1109/TASSP.1981.1163711.
     """

@@ -2,7 +2,7 @@
 
 import math
 
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 
 
 def check_scale(scale: int) -> None:

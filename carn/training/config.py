@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 from carn.metrics import SSIM_WINDOW_PX
 from carn.models.layers import BCSR_MEAN
 from carn.models.table import MODELS, ModelConfig, ModelName

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from carn.bcsr.degradation import crop_to_multiple, degrade
+from carn.degradation.bicubic import crop_to_multiple, degrade
 from carn.slides.slide import Rgb
 from carn.training.samples import Samples
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from carn.bcsr.dataset import BcsrDataset
-from carn.bcsr.degradation import DEGRADATION, crop_to_multiple, degrade
+from carn.degradation.bicubic import BICUBIC, crop_to_multiple, degrade
 from carn.errors import CacheError, DatasetError
 from carn.node_cache import hold
 from carn.slides.slide import Rgb
@@ -83,7 +83,7 @@ def dataset_digest(dataset: BcsrDataset) -> str:
 
 def _cache_key(dataset: BcsrDataset, *, split: str, scale: int) -> str:
     # The code that degrades may change; LR of another version must not be taken for this one's.
-    facts = f"{dataset_digest(dataset)}|{split}|x{scale}|{DEGRADATION}|{code_version()}"
+    facts = f"{dataset_digest(dataset)}|{split}|x{scale}|{BICUBIC}|{code_version()}"
     return "tiles" + hashlib.sha256(facts.encode()).hexdigest()[:32]
 
 

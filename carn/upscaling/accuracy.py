@@ -147,7 +147,7 @@ def table_of(
         side_px: the most of each that is taken, LR px from its middle.
         settings: what the engines have in common.
     """
-    from carn.bcsr.degradation import degrade
+    from carn.degradation.bicubic import degrade
     from carn.upscaling.pooling import has_pooling, pool_over
 
     reference = reference_engine(model)

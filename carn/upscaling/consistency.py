@@ -36,7 +36,7 @@ UNKNOWN_GREY = 160
 def resized(pixels: Rgb, *, width: int, height: int) -> Rgb:
     """Pixels at another size by antialiased bicubic interpolation (a = -0.5), in 8-bit steps.
 
-    The kernel of `carn.bcsr.degradation` and of `carn.models.bicubic`. It rounds and clips between
+    The kernel of `carn.degradation` and of `carn.models.bicubic`. It rounds and clips between
     its two passes: on tissue it meets their results within one grey level (making larger, in all
     but 2 px of 10,000), on noise of full contrast it does not. It takes a ninth of their time
     making smaller, and a quarter making larger.

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from carn.bcsr.codec import encode
-from carn.bcsr.degradation import degrade
 from carn.bcsr.export import (
     EXPORT_MARKER,
     begin_export,
@@ -20,6 +19,7 @@ from carn.bcsr.export import (
 )
 from carn.bcsr.schema import TILES
 from carn.bcsr.shards import shard_bytes, shard_uri
+from carn.degradation.bicubic import degrade
 from carn.errors import DatasetError, MissingObjectError
 
 SIZES = {"train-0": [(32, 48), (33, 50)], "train-1": [(40, 40)], "validation-0": [(24, 24)]}

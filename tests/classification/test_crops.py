@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from carn.bcsr.dataset import open_dataset
-from carn.bcsr.degradation import degrade
 from carn.classification.bcsr_corpus import open_bcsr
 from carn.classification.crop_store import PictureSource, load_crops
 from carn.classification.crops import CropIndex, check_index, cut_grid, draw_subset
 from carn.classification.kinds import Kind, find_kinds, make_pictures
+from carn.degradation.bicubic import degrade
 from carn.errors import CheckpointError, DatasetError
 from carn.models.bicubic import enlarge_bicubic
 from carn.models.checkpoint import load_model

@@ -13,7 +13,6 @@ import torch
 
 from carn import storage
 from carn.bcsr.dataset import open_dataset
-from carn.bcsr.degradation import degrade
 from carn.classification import pcam as pcam_module
 from carn.classification import prediction as prediction_module
 from carn.classification.bcsr_corpus import open_bcsr
@@ -24,6 +23,7 @@ from carn.classification.loop import predict
 from carn.classification.resnet import ResNet
 from carn.classification.study import begin, is_finished, make_plan, run_study
 from carn.classification.summary import published_accuracy, write_summary
+from carn.degradation.bicubic import degrade
 from carn.errors import CheckpointError, DatasetError, RunError
 from tests.classification.lab import (
     CROP_PX,

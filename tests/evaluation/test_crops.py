@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from carn.bcsr.degradation import degrade
+from carn.degradation.bicubic import degrade
 from carn.evaluation.crops import choose_place, choose_tiles, crop_strip
 from carn.evaluation.scoring import pair
 from carn.metrics import psnr

@@ -12,7 +12,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor, nn
 
-from carn.bcsr.degradation import degrade
+from carn.degradation.bicubic import degrade
 from carn.errors import CarnError
 from carn.evaluation.lpips import Lpips
 from carn.evaluation.scoring import (

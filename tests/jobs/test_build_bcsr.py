@@ -16,8 +16,8 @@ from PIL import Image
 
 from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig
 from carn.bcsr.dataset import open_dataset
-from carn.bcsr.degradation import degrade
 from carn.bcsr.stages import measure_unit
+from carn.degradation.bicubic import degrade
 from carn.errors import CoordinateError, DatasetError, MissingObjectError, StorageError
 from carn.slides import open_slide
 from carn.slides.pyramid import write_pyramid

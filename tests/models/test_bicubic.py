@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 from carn.models.bicubic import Bicubic, BicubicConfig, enlarge_bicubic
 from carn.models.srcnn import Srcnn, SrcnnConfig
 

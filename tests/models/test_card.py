@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from carn.bcsr.degradation import degrade
+from carn.degradation.bicubic import degrade
 from carn.errors import CheckpointError, DatasetError
 from carn.metrics import to_uint8
 from carn.models.bicubic import Bicubic, BicubicConfig

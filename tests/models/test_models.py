@@ -9,7 +9,7 @@ import torch
 from jaxtyping import config as shape_checks
 from torch import Tensor, nn
 
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 from carn.models import MODELS, ModelName, build_model, config_from_dict, config_to_dict
 from carn.models.cost import count_parameters
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 from carn.models import ModelConfig, ModelName, build_model
 from carn.models.bicubic import BicubicConfig
 from carn.models.carn import CarnConfig, ChannelAttentionRetention

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from carn.bcsr.degradation import degrade
+from carn.degradation.bicubic import degrade
 from carn.errors import CarnError, CheckpointError, DatasetError
 from carn.evaluation.study import find_entrants
 from carn.metrics import psnr, to_uint8

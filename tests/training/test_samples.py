@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 from carn.training.samples import Sampler, Samples, share
 
 FIELDS = ("tile", "top", "left", "flip_x", "flip_y", "transpose")

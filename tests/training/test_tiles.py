@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from carn import storage
 from carn.bcsr import dataset as dataset_module
 from carn.bcsr.dataset import BcsrDataset, open_dataset
-from carn.bcsr.degradation import SCALES, crop_to_multiple, degrade
+from carn.degradation.bicubic import SCALES, crop_to_multiple, degrade
 from carn.errors import DatasetError, StorageError
 from carn.training import tiles as tiles_module
 from carn.training.patches import TileStore, cut_patches

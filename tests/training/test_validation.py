@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from carn.bcsr.dataset import open_dataset
-from carn.bcsr.degradation import crop_to_multiple, degrade
+from carn.degradation.bicubic import crop_to_multiple, degrade
 from carn.metrics import mean_psnr, psnr, ssim, to_uint8
 from carn.models.bicubic import Bicubic, BicubicConfig
 from carn.training.config import ValidationConfig

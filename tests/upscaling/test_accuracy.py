@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from carn.bcsr.degradation import degrade
+from carn.degradation.bicubic import degrade
 from carn.metrics import psnr
 from carn.models.checkpoint import write_checkpoint
 from carn.slides.slide import Rgb

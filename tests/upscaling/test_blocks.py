@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 from carn.errors import CarnError, DamagedTileError
 from carn.models.bicubic import Bicubic, BicubicConfig, enlarge_bicubic
 from carn.slides.slide import Rgb

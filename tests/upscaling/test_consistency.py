@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from carn.bcsr.degradation import SCALES, degrade
+from carn.degradation.bicubic import SCALES, degrade
 from carn.slides.slide import Rgb
 from carn.upscaling.consistency import (
     BEST_DB,

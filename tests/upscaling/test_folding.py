@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from carn.bcsr.degradation import SCALES
+from carn.degradation.bicubic import SCALES
 from carn.models import ModelName, build_model
 from carn.models.cost import count_flops
 from carn.upscaling.folding import can_fold, fold, refold

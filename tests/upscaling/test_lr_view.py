@@ -154,7 +154,7 @@ def test_resampled_pixels_do_not_depend_on_how_they_are_read(
 
 
 def test_resampling_halves_as_the_degradation_does() -> None:
-    from carn.bcsr.degradation import degrade
+    from carn.degradation.bicubic import degrade
 
     pixels = draw(200, 120)
     slide = DrawnSlide(pixels)

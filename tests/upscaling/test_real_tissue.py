@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from carn.bcsr.degradation import degrade
+from carn.degradation.bicubic import degrade
 from carn.metrics import psnr
 from carn.models.bicubic import Bicubic, BicubicConfig
 from carn.models.carn import ChannelAttentionRetention

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from carn.bcsr.degradation import degrade
+from carn.degradation.bicubic import degrade
 from carn.models import build_model
 from carn.models.carn import CarnConfig
 from carn.slides.slide import Rgb

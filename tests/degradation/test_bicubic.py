@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
-from carn.bcsr.degradation import SCALES, Border, crop_to_multiple, degrade
+from carn.degradation.bicubic import SCALES, Border, crop_to_multiple, degrade
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,19 @@
-"""From HR to LR: the bicubic degradation that super-resolution is trained and judged on."""
+"""Make LR by clean antialiased bicubic interpolation, as the paper and the field do."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from carn.slides.slide import Rgb
 
 SCALES = (2, 3, 4, 8)
 
-# What is used where nothing else is said, in words for whoever gets the images.
-DEGRADATION = "bicubic, a = -0.5, antialiased, weights renormalized at the border (torch)"
+# In words, for whoever gets the images.
+BICUBIC = "bicubic, a = -0.5, antialiased, weights renormalized at the border (torch)"
 
 # What happens at the image's border. `renormalized`: the kernel's part inside the image, its
 # weights scaled to sum to one (Pillow, torch). `symmetric`: the image is mirrored (MATLAB's
@@ -55,6 +57,22 @@ def degrade(hr: Rgb, *, scale: int, border: Border = "renormalized") -> Rgb:
     if border == "symmetric":
         margin = 4
         hr = np.pad(hr, ((margin * scale,) * 2, (margin * scale,) * 2, (0, 0)), mode="symmetric")
+    lr = to_uint8(downsample(hr, scale=scale))
+    return np.ascontiguousarray(lr[margin : lr.shape[0] - margin, margin : lr.shape[1] - margin])
+
+
+def downsample(
+    hr: UInt8[NDArray[Any], "H W c"] | Float[NDArray[Any], "H W c"], *, scale: int
+) -> Float[NDArray[Any], "h w c"]:
+    """Make an image smaller by antialiased bicubic interpolation, without rounding.
+
+    Args:
+        hr: sides are multiples of `scale`.
+        scale: the factor.
+
+    Returns:
+        float32 on the scale of `hr`, which it may overshoot.
+    """
     # Into an image 1 px wide, torch 2.13 writes its first row over and over (floats on the CPU,
     # whatever their strides); into one 1 px high it does not.
     is_turned = hr.shape[1] == scale
@@ -66,7 +84,11 @@ def degrade(hr: Rgb, *, scale: int, border: Border = "renormalized") -> Rgb:
     small = functional.interpolate(
         pixels, size=size, mode="bicubic", align_corners=False, antialias=True
     )
-    lr = small.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
-    if is_turned:
-        lr = lr.transpose(1, 0, 2)
-    return np.ascontiguousarray(lr[margin : lr.shape[0] - margin, margin : lr.shape[1] - margin])
+    lr = small[0].permute(1, 2, 0).numpy()
+    return lr.transpose(1, 0, 2) if is_turned else lr
+
+
+def to_uint8(pixels: Float[NDArray[Any], "h w c"]) -> UInt8[NDArray[Any], "h w c"]:
+    """Round grey levels half to even and clip them to 0..255."""
+    rounded: UInt8[NDArray[Any], "h w c"] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return rounded

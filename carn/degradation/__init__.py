@@ -1,0 +1,1 @@
+"""HR to LR: how the input that networks are trained and judged on is made."""
