@@ -12,6 +12,7 @@ Rows:
 With --full also:
   unfolded       the engine without folding
   engine fp32    the engine in fp32
+  self-ensemble  the engine, averaged over the eight flips and turns of each window
 
 What is predicted, and why:
   best_over_eager >= 4      bf16 does twice the products, kept memory spares the faults that eager
@@ -19,6 +20,8 @@ What is predicted, and why:
                             tenth of the products and the gates' passes: 4.8 was seen once
   share_of_floor >= 0.7     of a large bf16 product on the same threads in the same run: 33 of 35
                             convolutions are bf16 and large; the rest, adds and ReLUs are not
+  self_ensemble_over_engine about 8, with --full: eight passes of the same network; turning and
+                            adding touch each px a few times, the network thousands of times
   over_eager grows with the window: eager's activations leave the caches and are faulted in anew
 
 `best_over_eager` compares each side at the size that suits it, `over_eager` both at one size; both
@@ -73,6 +76,7 @@ ROWS: dict[str, EngineConfig | None] = {
     "engine": EngineConfig(device="cpu", precision="bf16"),
     "unfolded": EngineConfig(device="cpu", precision="bf16", fold=False),
     "engine fp32": EngineConfig(device="cpu", precision="fp32"),
+    "self-ensemble": EngineConfig(device="cpu", precision="bf16", self_ensemble=True),
 }
 
 
@@ -242,9 +246,18 @@ def measure(bench: BenchUpscale) -> dict[str, Any]:
         for name, network in (("plain", model), ("folded", fold(model, pooling)))
     }
     medians = {key: statistics.median(values) for key, values in wall.items()}
+    ensemble = {}
+    if bench.full:
+        ensemble = {
+            f"self_ensemble_over_engine{suffix}": _ratio(
+                _best(seconds, "self-ensemble"), _best(seconds, "engine")
+            )
+            for suffix, seconds in (("", wall), ("_cpu", cpu))
+        }
     return {
         "best_over_eager": _ratio(_best(wall, "eager"), _best(wall, "engine")),
         "best_over_eager_cpu": _ratio(_best(cpu, "eager"), _best(cpu, "engine")),
+        **ensemble,
         "over_eager": {
             side: _ratio(wall["eager", side], wall["engine", side]) for side in SIDES_PX
         },

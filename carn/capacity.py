@@ -37,13 +37,15 @@ from carn.capacity_rates import (
 )
 
 # Written out, for this module imports nothing of what it speaks of; the tests compare them with
-# carn.slides.tiff_output, carn.uploads, jobs.sr_stages and jobs.sr_pipeline.
+# carn.slides.tiff_output, carn.uploads, carn.models.turns, jobs.sr_stages and jobs.sr_pipeline.
 MAX_BLOCKS = 6000
 MAX_PARTS = 10_000
 MIN_PART_BYTES = 5 * 2**20
 MAX_FINISHING = 8
 BLOCKS_PER_TASK = {"cpu": 2, "gpu": 4}
 NUM_WRITERS = 2
+# Flips and turns that self-ensemble infers of each window.
+NUM_TURNS = 8
 # LR px of context that CARN wants to each side.
 HALO_PX = 36
 # Side of the windows that a GPU infers, and that carn's GPU benchmark measures.
@@ -111,7 +113,10 @@ class Question:
     """Infer on the cores."""
     engine_mpx_per_s: float | None = None
     """LR Mpx a second that one GPU (with --cpu-only: one core) infers, halos left out: the
-    `useful_lr_mpx_per_s` of benchmarks/gpu_upscale_engine.py."""
+    `useful_lr_mpx_per_s` of benchmarks/gpu_upscale_engine.py. Without --self-ensemble, whatever is
+    asked."""
+    self_ensemble: bool = False
+    """As super_resolve.py's: each window is inferred eight times."""
     gpus_per_node: int = 1
     """GPUs of a node."""
     cores_per_node: int = 16
@@ -257,7 +262,18 @@ class Plan:
 
 
 def engine_rate(question: Question) -> Rate:
-    """LR Mpx a second of one GPU, or of one core, without halos."""
+    """Say how many LR Mpx a second one GPU infers, or one core, without halos."""
+    rate = _plain_engine_rate(question)
+    if not question.self_ensemble:
+        return rate
+    return dataclasses.replace(
+        rate,
+        value=rate.value / NUM_TURNS,
+        source=f"{rate.source}, by the {NUM_TURNS} turns of --self-ensemble",
+    )
+
+
+def _plain_engine_rate(question: Question) -> Rate:
     unit = "LR Mpx/s of a core" if question.cpu_only else "LR Mpx/s of a GPU"
     if question.engine_mpx_per_s is not None:
         return Rate(
@@ -518,7 +534,8 @@ def table(answer: Plan) -> str:
         (
             "asked",
             f"{question.slides:,} slides in {question.hours:g} h, {question.model} x"
-            f"{question.scale}, {'CPUs only' if question.cpu_only else question.gpu}",
+            f"{question.scale}{', self-ensemble' * question.self_ensemble}, "
+            f"{'CPUs only' if question.cpu_only else question.gpu}",
         ),
         (
             "a slide",

@@ -40,14 +40,21 @@ from carn.bcsr import build
 from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig, StoreConfig
 from carn.bcsr.coordinates import draw_positions
 from carn.bcsr.dataset import read_manifest, write_manifest
-from carn.bcsr.export import begin_export, export_state, finish_export, first_numbers
+from carn.bcsr.export import (
+    begin_export,
+    describe_export,
+    export_state,
+    finish_export,
+    first_numbers,
+)
 from carn.bcsr.locate import LOCATED
 from carn.bcsr.schema import MEASURED, SPLITS
 from carn.bcsr.selection import check_groups
 from carn.bcsr.shards import ShardPlan, plan_shards
 from carn.bcsr.source import Source, find_images, find_listed, find_slides
 from carn.bcsr.stages import export_unit, locate_unit, measure_unit, picture_unit, write_unit
-from carn.degradation.bicubic import BICUBIC, SCALES
+from carn.degradation.bicubic import SCALES
+from carn.degradation.conditions import DEFAULT, read_conditions
 from carn.errors import CarnError, DatasetError, StorageError
 from carn.log_lines import on_one_line, start_logging
 from carn.report.bcsr_report import render
@@ -116,6 +123,9 @@ class BuildJob:
     """Also write <output>/edsr in the layout that the EDSR family of codebases reads."""
     export_scales: tuple[int, ...] = (2, 3, 4, 8)
     """Scales of the exported LR images."""
+    export_conditions: tuple[str, ...] = tuple(DEFAULT)
+    """Ways to make the exported LR images, each into LR_<its name>: names such as jpeg80-420, `all`
+    for every known one, or .yaml files with a way's fields by its name."""
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -147,11 +157,13 @@ class BuildJob:
         unknown = sorted(set(self.export_scales) - set(SCALES))
         if unknown:
             raise ValueError(f"export_scales={unknown} are not among {SCALES}")
+        if not self.export_conditions:
+            raise ValueError("export_conditions names none; leave it out for bicubic LR")
 
     def settings(self) -> dict[str, Any]:
         """All that decides the dataset, as JSON values: the config that the manifest keeps."""
         every = dataclasses.asdict(self)
-        left_out = ("output", "run", "export", "export_scales")
+        left_out = ("output", "run", "export", "export_scales", "export_conditions")
         content = {name: value for name, value in every.items() if name not in left_out}
         # However they were spelled, in whatever order.
         content["slides"] = sorted(map(storage.normalize, self.slides))
@@ -167,6 +179,7 @@ def main(job: BuildJob) -> int:
     start_logging()
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     output = storage.normalize(job.output)
+    read_conditions(job.export_conditions)  # a name that is wrong is better known now
     source = find_source(job)
     manifest = read_manifest(output)
     runner = None
@@ -499,14 +512,10 @@ def take_pictures(job: BuildJob, selected: pa.Table, runner: StageRunner) -> dic
 def export_edsr(
     job: BuildJob, manifest: dict[str, Any], output: str, runner: StageRunner | None
 ) -> None:
-    """Write <output>/edsr, unless it holds this dataset at these scales already."""
+    """Write <output>/edsr, unless it holds this dataset at these scales and conditions already."""
     export_uri = storage.join(output, "edsr")
-    state = {
-        "shards": [[shard["name"], shard["num_tiles"]] for shard in manifest["shards"]],
-        "splits": manifest["splits"],
-        "scales": sorted(job.export_scales),
-        "degradation": BICUBIC,
-    }
+    conditions = read_conditions(job.export_conditions)
+    state = describe_export(manifest, scales=job.export_scales, conditions=conditions)
     known, is_finished = export_state(export_uri)
     if known == state and is_finished:
         logger.info("%s is exported already", export_uri)
@@ -514,8 +523,8 @@ def export_edsr(
     if known != state:
         if is_finished and not job.run.overwrite:
             raise DatasetError(
-                f"{export_uri} holds an export of another dataset or of other scales; remove it, "
-                "or replace it with --overwrite"
+                f"{export_uri} holds an export of another dataset, of other scales or conditions; "
+                "remove it, or replace it with --overwrite"
             )
         if known is None and storage.list_objects(export_uri):
             raise DatasetError(f"{export_uri} holds files that are no export's; move them away")
@@ -527,6 +536,7 @@ def export_edsr(
     units = [
         {"output": output, "export_uri": export_uri, "name": name, "first_number": numbers[name]}
         | {"scales": sorted(job.export_scales), "num_digits": num_digits}
+        | {"conditions": {name: dataclasses.asdict(way) for name, way in conditions.items()}}
         for name in numbers
     ]
     results = [

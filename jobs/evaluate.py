@@ -6,6 +6,7 @@ more runs scores only those. Bicubic interpolation is always among the models.
 Examples:
   python jobs/evaluate.py --dataset bcsr/ --runs runs/ --output evaluation/
   python jobs/evaluate.py --dataset bcsr/ --runs runs/carn-x2-seed1 runs/edsr-x2-seed1
+  python jobs/evaluate.py --dataset bcsr/ --runs runs/ --conditions all
   python jobs/evaluate.py --dataset bcsr/ --runs runs/ --removed bcsr_removed/ --max-removed 100
   ray job submit --working-dir . -- python jobs/evaluate.py --dataset s3://lab/bcsr \
       --runs s3://lab/runs --output s3://lab/evaluation --gpus-per-task 0.5
@@ -16,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ import tyro
 from carn import storage
 from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.degradation.bicubic import SCALES
+from carn.degradation.conditions import DEFAULT, describe, read_conditions
+from carn.degradation.scanner import Degradation
 from carn.errors import CarnError, DatasetError
 from carn.evaluation.crops import CropStrip, choose_tiles
 from carn.evaluation.lpips import load_lpips
@@ -84,6 +87,10 @@ class ScoreConfig:
     protocol: Protocol = "aligned"
     """How LR is made: `aligned`, of HR cropped to a multiple of the scale; `misaligned`, as the
     paper's x3, off by up to a pixel where the scale does not divide."""
+    conditions: tuple[str, ...] = tuple(DEFAULT)
+    """Ways to make LR that each model is scored under, over bicubic interpolation of the same LR:
+    names such as jpeg80-420, `all` for every known one, or .yaml files with a way's fields by its
+    name. The tables and crops are of the first, but for the table of conditions."""
     max_tiles: int | None = None
     """Tiles that are scored, spread evenly over the split; None for all."""
     scales: tuple[int, ...] = ()
@@ -104,6 +111,13 @@ class ScoreConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if not self.conditions:
+            raise ValueError("conditions names none; leave it out for bicubic LR")
+        if self.protocol == "misaligned" and self.conditions != tuple(DEFAULT):
+            raise ValueError(
+                f"protocol='misaligned' goes with the bicubic condition alone, not with "
+                f"{', '.join(self.conditions)}; leave out --conditions, or use 'aligned'"
+            )
         if unknown := set(self.scales) - set(SCALES):
             raise ValueError(
                 f"scales={sorted(unknown)} are not among {', '.join(map(str, SCALES))}"
@@ -220,6 +234,7 @@ class Evaluation:
             CarnError, ValueError: there is nothing, or it does not go together.
         """
         score = self.job.score
+        self.conditions = read_conditions(score.conditions)
         self.dataset = _opened(self.job.dataset, score.split)
         self.entrants, unfinished = find_entrants(self.job.runs)
         self.left_out = [describe_unfinished(entrant) for entrant in unfinished]
@@ -237,6 +252,7 @@ class Evaluation:
             protocol=score.protocol,
             max_tiles=score.max_tiles,
             lpips=lpips,
+            way=next(iter(self.conditions.values())),
         )
         self.digest = dataset_digest(self.dataset)
         self.stretches = stretches(self.dataset.num_tiles(score.split), max_tiles=score.max_tiles)
@@ -305,6 +321,7 @@ class Evaluation:
             facts=facts,
             failures=self.failures,
             left_out=self.left_out,
+            conditions=self.conditions,
         )
 
     def _took(self) -> float:
@@ -345,8 +362,9 @@ class Evaluation:
     def _scoring(self) -> list[Part]:
         """What scores are made of; CARN also on removed tiles."""
         parts = [
-            self._score_part(entrant, self.dataset, self.measure, stretch)
+            self._score_part(entrant, self.dataset, replace(self.measure, way=way), stretch)
             for entrant in self.entrants
+            for way in self.conditions.values()
             for stretch in self.stretches
         ]
         if self.removed is not None:
@@ -355,18 +373,24 @@ class Evaluation:
                 for entrant in self._starred()
                 for stretch in self.removed_stretches
             ]
-        return parts
+        # Conditions that differ in their names alone are one.
+        return list({part.uri: part for part in parts}.values())
 
     def _score_part(
         self, entrant: Entrant, dataset: BcsrDataset, measure: Measure, stretch: Stretch
     ) -> Part:
         return Part(
             uri=self._score_uri(entrant, dataset, measure, stretch),
-            name=f"{entrant.checkpoint or 'bicubic'} x{entrant.scale}",
+            name=f"{entrant.checkpoint or 'bicubic'} x{entrant.scale}{self._under(measure.way)}",
             call=score_stretch,
             arguments=(entrant, dataset, stretch),
             options={"measure": measure},
         )
+
+    def _under(self, way: Degradation) -> str:
+        """Name the condition of a part, where there are several."""
+        names = [name for name, known in self.conditions.items() if known == way]
+        return f" under {names[0]}" if len(self.conditions) > 1 else ""
 
     def _score_uri(
         self, entrant: Entrant, dataset: BcsrDataset, measure: Measure, stretch: Stretch
@@ -382,13 +406,14 @@ class Evaluation:
             protocol=self.measure.protocol,
             max_tiles=None,
             lpips=self.measure.lpips,
+            way=self.measure.way,
         )
 
     def _starred(self) -> list[Entrant]:
         return [item for item in self.entrants if item.key == "carn" and not item.variant]
 
     def _collected(self) -> list[Scored]:
-        """The scores of every entrant that has all of them."""
+        """The scores of every entrant that has all of them under the first condition."""
         scores, starred = [], []
         for entrant in self.entrants:
             table = self._table(entrant, self.dataset, self.measure, self.stretches)
@@ -403,7 +428,17 @@ class Evaluation:
                     starred.append((entrant, pa.concat_tables([table, more])))
         if not scores:
             raise CarnError(f"nothing could be scored: {'; '.join(self.failures[:3])}")
-        return group_seeds(scores) + group_seeds(starred, is_star=True)
+        under = {
+            name: {
+                entrant: table
+                for entrant, _ in scores
+                for table in [self._table(entrant, self.dataset, measure, self.stretches)]
+                if table is not None
+            }
+            for name, way in list(self.conditions.items())[1:]
+            for measure in [replace(self.measure, way=way)]
+        }
+        return group_seeds(scores, under=under) + group_seeds(starred, is_star=True)
 
     def _table(
         self, entrant: Entrant, dataset: BcsrDataset, measure: Measure, parts: Sequence[Stretch]
@@ -503,7 +538,7 @@ class Evaluation:
 
     def _notes(self) -> list[str]:
         """What a reader has to know of how the numbers came about."""
-        notes = []
+        notes = self._notes_of_conditions()
         others = [
             entrant
             for entrant in self.entrants
@@ -545,6 +580,20 @@ class Evaluation:
                     "test tiles of a random split."
                 )
         return notes
+
+    def _notes_of_conditions(self) -> list[str]:
+        """Say what LR the tables are of, where it is not bicubic alone."""
+        (first, way), *others = self.conditions.items()
+        is_bicubic = way == Degradation()
+        if not others and is_bicubic:
+            return []
+        made = "bicubic LR" if is_bicubic else f"LR made as {first} ({describe(way)})"
+        note = f"Scores, differences, tiles and crops are of {made}."
+        if others:
+            note += " How the models do on other LR is in the table of conditions."
+        if not is_bicubic:
+            note += " The paper's numbers are of bicubic LR."
+        return [note]
 
 
 def _is(number: int) -> str:

@@ -96,6 +96,7 @@ def make_task(
         output=output,
         block_px=job.run.block_px,
         code_version=code_version(),
+        self_ensemble=job.engine.self_ensemble,
     )
 
 

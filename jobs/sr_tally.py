@@ -153,6 +153,7 @@ class Tally:
             lr_mpx_per_s=self.num_lr_px / 1e6 / self.working_seconds if self.num_lr_px else None,
             config=self.job.settings(),
             pace=_pace(self.made),
+            self_ensemble=self.job.engine.self_ensemble,
         )
         try:
             lines_uri = storage.join(self.output, RUNS, self.run_id, SLIDE_LINES)

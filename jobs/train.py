@@ -47,7 +47,9 @@ from carn.training.players import BATCH_NORM_ON_CPU
 from carn.training.progress import ProgressView
 from carn.training.recipes import Recipe, flat, recipe, with_values
 from carn.training.run_folder import RunFolder
+from carn.training.start import starting_point
 from carn.training.tiles import dataset_digest
+from carn.training.validation import validation_maker
 from jobs.monitor import Monitor
 from jobs.ray_stage import ClusterError, start_ray
 from jobs.stopping import stopped_by_sigterm
@@ -159,8 +161,11 @@ def check_dataset(dataset: BcsrDataset, config: TrainConfig) -> None:
 
     Raises:
         DatasetError: there is nothing to train on.
-        ValueError: a patch is larger than a tile.
+        CheckpointError: training cannot start from the weights that it should.
+        ValueError: a patch is larger than a tile, or a condition to validate under is not known.
     """
+    starting_point(config.network)
+    validation_maker(config)
     if not dataset.num_tiles("train"):
         raise DatasetError(f"{dataset.uri} has no training tiles; build it with more tiles")
     if not dataset.num_tiles("validation"):

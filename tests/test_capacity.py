@@ -186,6 +186,23 @@ def test_units_of_a_night_that_can_be_reckoned_by_hand() -> None:
     assert answer.slide.num_parts == 5
 
 
+@pytest.mark.parametrize("changes", [{}, {"engine_mpx_per_s": 20.0}, {"cpu_only": True}])
+def test_a_self_ensemble_is_eight_times_the_inference_and_nothing_else(
+    changes: dict[str, Any],
+) -> None:
+    question = Question(slides=1000, **changes)
+    before, after = plan(question), plan(changed(question, self_ensemble=True))
+    assert after.slide.gpu_s == pytest.approx(8 * before.slide.gpu_s)
+    stages = dict(before.slide.core_s)
+    if "infer" in stages:
+        stages["infer"] *= 8
+    assert after.slide.core_s == pytest.approx(stages)
+    assert after.slide.out_bytes == before.slide.out_bytes
+    assert after.rates["engine"].kind == before.rates["engine"].kind
+    assert "self-ensemble" in capacity.table(after)
+    assert "self-ensemble" not in capacity.table(before)
+
+
 def test_mpp_and_millimetres_are_pixels() -> None:
     assert capacity.extent_px(Question(slides=1, input_mpp=0.5, slide_mm=(20, 15))) == (
         40_000,
@@ -272,8 +289,10 @@ def test_limits_are_those_of_the_program() -> None:
     from carn import uploads
     from carn.models import build_model
     from carn.models.carn import CarnConfig
+    from carn.models.turns import NUM_TURNS
     from carn.slides import slide_output, tiff_output
 
+    assert capacity.NUM_TURNS == NUM_TURNS
     assert tiff_output.MAX_BLOCKS == capacity.MAX_BLOCKS
     assert (uploads.MAX_PARTS, uploads.MIN_PART_BYTES) == (
         capacity.MAX_PARTS,

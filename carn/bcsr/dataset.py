@@ -132,7 +132,12 @@ def shard_tiles(content: bytes, *, uri: str) -> Iterator[tuple[dict[str, Any], R
 
 
 def group_tiles(group: TileGroup) -> list[Rgb]:
-    """The (H, W, 3) uint8 pixels of a group's tiles; only their part of the shard is read.
+    """The (H, W, 3) uint8 pixels of a group's tiles; see `named_tiles`."""
+    return [pixels for _, pixels in named_tiles(group)]
+
+
+def named_tiles(group: TileGroup) -> list[tuple[str, Rgb]]:
+    """Read `tile_id` and (H, W, 3) uint8 pixels of a group's tiles, and no more of their shard.
 
     Raises:
         DatasetError: the shard or a tile in it is damaged, or holds other tiles than it should.
@@ -144,7 +149,7 @@ def group_tiles(group: TileGroup) -> list[Rgb]:
             f"{group.uri}: part {group.index} holds {len(rows)} tiles, not {group.count}; "
             "build the dataset again with --overwrite"
         )
-    return [_decoded(row, uri=group.uri) for row in rows.to_pylist()]
+    return [(row["tile_id"], _decoded(row, uri=group.uri)) for row in rows.to_pylist()]
 
 
 def _decoded(row: dict[str, Any], *, uri: str) -> Rgb:

@@ -2,18 +2,22 @@
 
 `HR/0001.png`, `LR_bicubic/X2/0001x2.png`, ...: training tiles first, the validation tiles last
 among them, then the test tiles (the published bcSR: 1..1000 and 1001..1200). Loaders pair HR and LR
-by sorted names, so all numbers have as many digits, four at the least.
+by sorted names, so all numbers have as many digits, four at the least. LR that is made in another
+way lies in a folder by the name of its condition: `LR_jpeg80-420/X2/0001x2.png`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from carn import storage
 from carn.bcsr.codec import encode
 from carn.bcsr.dataset import shard_tiles
 from carn.bcsr.shards import shard_uri
-from carn.degradation.bicubic import degrade
+from carn.degradation.bicubic import BICUBIC, crop_to_multiple
+from carn.degradation.conditions import DEFAULT, apply_condition, describe
+from carn.degradation.scanner import Degradation
 
 # Written last; says which dataset the folder holds.
 EXPORT_MARKER = "export.json"
@@ -38,6 +42,7 @@ def export_shard(
     first_number: int,
     num_digits: int,
     scales: Sequence[int],
+    conditions: Mapping[str, Degradation],
 ) -> int:
     """Write the HR and LR images of one shard's tiles; returns how many tiles.
 
@@ -48,21 +53,47 @@ def export_shard(
         first_number: of its first tile.
         num_digits: of all numbers.
         scales: of the LR images.
+        conditions: ways to make LR by name, each of which gets a folder.
 
     Raises:
         StorageError, DatasetError: the shard cannot be read or an image not be written.
     """
     uri = shard_uri(dataset_uri, name)
     number = first_number
-    for _, hr in shard_tiles(storage.read_bytes(uri), uri=uri):
+    for row, hr in shard_tiles(storage.read_bytes(uri), uri=uri):
         stem = f"{number:0{num_digits}d}"
         storage.write_bytes(storage.join(export_uri, f"HR/{stem}.png"), encode(hr, "png"))
         for scale in scales:
-            lr = encode(degrade(hr, scale=scale), "png")
-            path = f"LR_bicubic/X{scale}/{stem}x{scale}.png"
-            storage.write_bytes(storage.join(export_uri, path), lr)
+            cropped = crop_to_multiple(hr, scale)
+            for condition, way in conditions.items():
+                lr = apply_condition(cropped, way, scale=scale, tile=row["tile_id"])
+                path = f"LR_{condition}/X{scale}/{stem}x{scale}.png"
+                storage.write_bytes(storage.join(export_uri, path), encode(lr, "png"))
         number += 1
     return number - first_number
+
+
+def describe_export(
+    manifest: Mapping[str, Any], *, scales: Sequence[int], conditions: Mapping[str, Degradation]
+) -> dict[str, Any]:
+    """Say all that decides an export, as JSON values.
+
+    Args:
+        manifest: of the dataset.
+        scales: of the LR images.
+        conditions: see `export_shard`.
+    """
+    state: dict[str, Any] = {
+        "shards": [[shard["name"], shard["num_tiles"]] for shard in manifest["shards"]],
+        "splits": manifest["splits"],
+        "scales": sorted(scales),
+    }
+    if conditions == DEFAULT:
+        return state | {"degradation": BICUBIC}
+    return state | {
+        "degradation": {name: describe(way) for name, way in conditions.items()},
+        "conditions": {name: asdict(way) for name, way in conditions.items()},
+    }
 
 
 def export_state(export_uri: str) -> tuple[dict[str, Any] | None, bool]:

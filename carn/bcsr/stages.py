@@ -23,6 +23,7 @@ from carn.bcsr.locate import LOCATED, locate_by_annotation, locate_grid
 from carn.bcsr.measure import TilePlace, failed_rows, measure_image, measure_slide
 from carn.bcsr.pictures import slide_picture, tile_picture
 from carn.bcsr.shards import Attempt, ShardPlan, write_shard
+from carn.degradation.scanner import Degradation
 from carn.errors import CarnError
 from carn.slides import cached_slide, open_image
 from carn.version import code_version
@@ -184,7 +185,7 @@ def picture_unit(unit: Unit, attempt: Attempt) -> pa.Table:
 
 
 def export_unit(unit: Unit, attempt: Attempt) -> pa.Table:
-    """Export one shard: `output`, `export_uri`, `name`, `first_number`, ... in."""
+    """Export one shard: `output`, `export_uri`, `name`, `first_number`, `conditions`, ... in."""
     num_tiles, reason = 0, None
     try:
         with attempt(unit["name"]):
@@ -195,6 +196,9 @@ def export_unit(unit: Unit, attempt: Attempt) -> pa.Table:
                 first_number=unit["first_number"],
                 num_digits=unit["num_digits"],
                 scales=unit["scales"],
+                conditions={
+                    name: Degradation(**fields) for name, fields in unit["conditions"].items()
+                },
             )
     except Exception as error:
         _warn_unless_expected(error, unit["name"])

@@ -27,10 +27,13 @@ class DegradationConfig:
     `scanner`."""
     lr_seed: int = 1
     """Of what is drawn for LR; apart from that of the run, so that runs can share tiles."""
+    clean_share: float = 0.2
+    """Share of LR images that are sampled and nothing else: levels that software made of sharper
+    ones, and stored losslessly."""
     blur_px: tuple[float, float] = (0.0, 1.3)
     """Least and largest standard deviation of the blur, HR px."""
     blur_share: float = 0.5
-    """Share of LR images that are blurred."""
+    """Share of the others that are blurred."""
     sampling: Sampling = "mixed"
     """How LR px come of HR px: `bicubic`, `mean` of the LR px's area, `mixed` for a third each of
     these and of what lies between them."""
@@ -38,17 +41,17 @@ class DegradationConfig:
     """Least and largest standard deviation of the noise at mid-grey, grey levels; 1.4 times that at
     black, 0.6 times at white."""
     noise_share: float = 0.4
-    """Share of LR images with noise."""
+    """Share of the others with noise."""
     sharpen_amount: tuple[float, float] = (0.2, 1.0)
     """Least and largest amount of the unsharp mask."""
     sharpen_px: tuple[float, float] = (0.6, 1.5)
     """Least and largest standard deviation of the unsharp mask's Gaussian, LR px."""
     sharpen_share: float = 0.2
-    """Share of LR images that are sharpened."""
+    """Share of the others that are sharpened."""
     jpeg_quality: tuple[int, int] = (50, 97)
     """Least and largest JPEG quality, 1..100."""
-    jpeg_share: float = 0.8
-    """Share of LR images that go through JPEG; the others stay lossless."""
+    jpeg_share: float = 0.9
+    """Share of the others that go through JPEG; the rest is lossless."""
     jpeg_subsampling: tuple[Subsampling, ...] = SUBSAMPLINGS
     """Chroma subsamplings to draw from, all alike."""
     jpeg_tables: tuple[Tables, ...] = ("ijg",)
@@ -57,7 +60,7 @@ class DegradationConfig:
     def __post_init__(self) -> None:
         _check_choice("degradation", self.degradation, get_args(Kind))
         _check_choice("sampling", self.sampling, get_args(Sampling))
-        for name in ("blur_share", "noise_share", "sharpen_share", "jpeg_share"):
+        for name in ("clean_share", "blur_share", "noise_share", "sharpen_share", "jpeg_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share, 0..1")
         for name in ("blur_px", "noise_levels", "sharpen_amount", "sharpen_px"):

@@ -30,7 +30,7 @@ def numbers_of(way: Degradation, *, scale: int) -> Float[NDArray[Any], " 7"]:
     last aliases); noise, as log2(1 + grey levels) / 2; the mean quantisation step of low
     frequencies of luma and chroma, as log2(1 + grey levels) / 6; halvings of chroma, over 2.
     """
-    contrasts = [_contrast(way, cycles, scale=scale) for cycles in (0.25, 0.5, 0.75)]
+    contrasts = [contrast_at(cycles, way, scale=scale) for cycles in (0.25, 0.5, 0.75)]
     steps, halvings = [0.0, 0.0], 0
     if way.jpeg_quality is not None:
         tables = quantisation_tables(way.jpeg_quality, tables=way.jpeg_tables)
@@ -42,7 +42,11 @@ def numbers_of(way: Degradation, *, scale: int) -> Float[NDArray[Any], " 7"]:
     return np.array([*contrasts, noise, *steps, halvings / 2], dtype=np.float32)
 
 
-def _contrast(way: Degradation, cycles_per_lr_px: float, *, scale: int) -> float:
+def contrast_at(cycles_per_lr_px: float, way: Degradation, *, scale: int) -> float:
+    """Share of HR's contrast that LR keeps along one axis at a frequency (its modulation transfer).
+
+    Beyond 1/2 it is that of the alias.
+    """
     f = cycles_per_lr_px
     blur = math.exp(-2 * (math.pi * way.blur_px / scale * f) ** 2)
     mean = math.sin(math.pi * f) / (scale * math.sin(math.pi * f / scale))

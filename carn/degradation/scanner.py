@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from carn.degradation.bicubic import crop_to_multiple, degrade, downsample, to_uint8
+from carn.degradation.bicubic import SCALES, crop_to_multiple, degrade, downsample, to_uint8
 from carn.degradation.jpeg import (
     SUBSAMPLINGS,
     Subsampling,
@@ -82,9 +82,11 @@ def apply(hr: Rgb, way: Degradation, *, scale: int, rng: np.random.Generator) ->
     """
     if way == Degradation():
         return degrade(hr, scale=scale)
-    hr = crop_to_multiple(hr, scale)
-    if 0 in hr.shape:
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale} is not one of {', '.join(map(str, SCALES))}")
+    if min(hr.shape[:2]) < scale:
         raise ValueError(f"an image of {hr.shape[1]} x {hr.shape[0]} px has no LR at scale {scale}")
+    hr = crop_to_multiple(hr, scale)
     pixels: NDArray[np.float32] = hr.astype(np.float32)
     if way.blur_px > 0:
         pixels = _blurred(pixels, way.blur_px)

@@ -83,7 +83,7 @@ def draw(config: DegradationConfig, rng: np.random.Generator) -> Degradation:
     """
     if config.degradation == "bicubic":
         return Degradation()
-    shares = rng.random(4)
+    shares = rng.random(5)
     within = rng.random(6)
     choices = rng.random(2)
 
@@ -92,10 +92,13 @@ def draw(config: DegradationConfig, rng: np.random.Generator) -> Degradation:
 
     # A third each: bicubic alone, the mean alone, in between.
     mixed = float(np.clip(3 * within[1] - 1, 0, 1))
+    mean_weight = {"bicubic": 0.0, "mean": 1.0, "mixed": mixed}[config.sampling]
+    if shares[4] < config.clean_share:
+        return Degradation(mean_weight=mean_weight)
     low, high = config.jpeg_quality
     return Degradation(
         blur_px=uniform(config.blur_px, within[0]) if shares[0] < config.blur_share else 0.0,
-        mean_weight={"bicubic": 0.0, "mean": 1.0, "mixed": mixed}[config.sampling],
+        mean_weight=mean_weight,
         noise_levels=(
             uniform(config.noise_levels, within[2]) if shares[1] < config.noise_share else 0.0
         ),

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from carn.bcsr.codec import encode
-from carn.evaluation.scoring import Protocol, pair, super_resolve
+from carn.degradation.scanner import Degradation
+from carn.evaluation.scoring import BICUBIC_LR, Protocol, pair, super_resolve
 from carn.evaluation.statistics import mean_scores
 from carn.metrics import DATA_RANGE
 from carn.slides.slide import Rgb
@@ -128,6 +129,7 @@ def crop_strip(
     *,
     scale: int,
     protocol: Protocol,
+    way: Degradation = BICUBIC_LR,
     side_px: int = CROP_PX,
     judged: Collection[str] | None = None,
 ) -> CropStrip:
@@ -142,6 +144,7 @@ def crop_strip(
         hr: (H, W, 3) uint8, the whole tile.
         scale: the models'.
         protocol: how LR is made.
+        way: likewise, see `pair`.
         side_px: of the crop in HR px; the next multiple of the scale below, and at most the tile's.
         judged: names of the models whose differences decide the place; None for all.
 
@@ -150,7 +153,7 @@ def crop_strip(
         CarnError: memory does not suffice for the tile.
     """
     name = str(row["tile_id"])
-    lr, target = pair(hr, scale=scale, protocol=protocol)
+    lr, target = pair(hr, scale=scale, protocol=protocol, way=way, tile=name)
     side = min(side_px, *target.shape[:2]) // scale * scale
     if side < scale:
         raise ValueError(f"side_px={side_px} must be at least the scale, {scale}")

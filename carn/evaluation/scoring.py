@@ -11,12 +11,17 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from carn.degradation.bicubic import crop_to_multiple, degrade
+from carn.degradation.bicubic import crop_to_multiple
+from carn.degradation.conditions import apply_condition
+from carn.degradation.scanner import Degradation
 from carn.errors import CarnError
 from carn.evaluation.lpips import Lpips
 from carn.metrics import convention, psnr, ssim, to_uint8
 from carn.slides.slide import Rgb
 from carn.upscaling.engine import is_out_of_memory
+
+# What LR is made by where nothing else is said.
+BICUBIC_LR = Degradation()
 
 # How LR is made of an HR tile. `aligned`: of HR cropped to a multiple of the scale, so that each LR
 # px covers scale x scale HR px. `misaligned`: of the whole tile, shrunk to floor(side / scale) px,
@@ -39,7 +44,9 @@ SCORES = pa.schema(
 )
 
 
-def pair(hr: Rgb, *, scale: int, protocol: Protocol) -> tuple[Rgb, Rgb]:
+def pair(
+    hr: Rgb, *, scale: int, protocol: Protocol, way: Degradation = BICUBIC_LR, tile: str = ""
+) -> tuple[Rgb, Rgb]:
     """LR of a tile, and the part of the tile that its SR is compared with.
 
     Where both sides are multiples of the scale the two protocols are the same.
@@ -50,20 +57,27 @@ def pair(hr: Rgb, *, scale: int, protocol: Protocol) -> tuple[Rgb, Rgb]:
         hr: (H, W, 3) uint8.
         scale: 2, 3, 4 or 8.
         protocol: see Protocol.
+        way: how LR is made of HR that is cropped; by default bicubic interpolation.
+        tile: its name, which noise is drawn by.
 
     Returns:
         LR (H // scale, W // scale, 3) and HR (scale * h, scale * w, 3), uint8.
 
     Raises:
-        ValueError: another scale or protocol, a tile that is not RGB or smaller than one LR px.
+        ValueError: another scale or protocol, `misaligned` and anything but bicubic interpolation,
+            a tile that is not RGB or smaller than one LR px.
     """
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol={protocol!r} is not one of {', '.join(get_args(Protocol))}")
+    if protocol == "misaligned" and way != BICUBIC_LR:
+        raise ValueError(
+            "protocol='misaligned' goes with bicubic interpolation alone; use 'aligned'"
+        )
     if hr.dtype != np.uint8 or hr.shape[2:] != (3,):
         # An alpha channel that is the same in SR and HR would count as one more that is right.
         raise ValueError(f"HR must be (H, W, 3) uint8, not {hr.shape} {hr.dtype}; make it RGB")
-    lr = degrade(hr, scale=scale)
     cropped = crop_to_multiple(hr, scale)
+    lr = apply_condition(cropped, way, scale=scale, tile=tile)
     if protocol == "aligned" or cropped.shape == hr.shape:
         return lr, cropped
     # As `degrade`, but for the crop.
@@ -82,6 +96,7 @@ def score_tile(
     *,
     scale: int,
     protocol: Protocol,
+    way: Degradation = BICUBIC_LR,
     lpips: Lpips | None = None,
 ) -> dict[str, Any]:
     """The scores of a model on one tile: a row of SCORES.
@@ -98,6 +113,7 @@ def score_tile(
         hr: (H, W, 3) uint8, the whole tile.
         scale: 2, 3, 4 or 8, the model's.
         protocol: how LR is made, see Protocol.
+        way: likewise, see `pair`.
         lpips: computes `lpips`, which is None without.
 
     Raises:
@@ -106,7 +122,7 @@ def score_tile(
     """
     name = str(row["tile_id"])
     try:
-        lr, target = pair(hr, scale=scale, protocol=protocol)
+        lr, target = pair(hr, scale=scale, protocol=protocol, way=way, tile=name)
     except ValueError as error:
         raise ValueError(f"tile {name}: {error}") from error
     sr = super_resolve(model, lr, scale=scale, name=name)
@@ -139,6 +155,7 @@ def score_tiles(
     *,
     scale: int,
     protocol: Protocol,
+    way: Degradation = BICUBIC_LR,
     lpips: Lpips | None = None,
 ) -> pa.Table:
     """The scores of a model on tiles, in their order: a table of SCORES; see `score_tile`.
@@ -148,6 +165,7 @@ def score_tiles(
         tiles: rows and pixels, as `BcsrDataset.tiles` gives them.
         scale: 2, 3, 4 or 8, the model's.
         protocol: how LR is made, see Protocol.
+        way: likewise, see `pair`.
         lpips: computes `lpips`, which is null without.
 
     Raises:
@@ -155,7 +173,8 @@ def score_tiles(
     """
     lpips = lpips and lpips.to(device_of(model))
     rows = [
-        score_tile(model, row, hr, scale=scale, protocol=protocol, lpips=lpips) for row, hr in tiles
+        score_tile(model, row, hr, scale=scale, protocol=protocol, way=way, lpips=lpips)
+        for row, hr in tiles
     ]
     return pa.Table.from_pylist(rows, schema=SCORES)
 

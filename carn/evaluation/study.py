@@ -1,11 +1,12 @@
 """An evaluation in parts that any process can do, and that need no doing again: who is scored, on
 which tiles, and what is kept of it.
 
-    scores/<digest>-<tiles>.parquet    one entrant on one stretch of tiles
+    scores/<digest>-<tiles>.parquet    one entrant on one stretch of tiles under one condition
     timings/<digest>.json              one entrant on one machine
     took.json                          how long all this took so far, and on what machine
     crops/<digest>-<number>.json       one crop of all entrants of a scale
-    scores.parquet, table2.csv, significance.csv, timings.csv, summary.json, report.html
+    scores.parquet, table2.csv, conditions.csv, significance.csv, timings.csv, summary.json,
+    report.html
 """
 
 import base64
@@ -27,11 +28,12 @@ from torch import nn
 from carn import storage
 from carn.bcsr.build import group_of
 from carn.bcsr.dataset import BcsrDataset, group_tiles
+from carn.degradation.scanner import Degradation
 from carn.errors import CheckpointError, MissingObjectError
 from carn.evaluation.crops import CropStrip, crop_strip
 from carn.evaluation.lpips import Lpips, load_lpips
 from carn.evaluation.published import architecture_changes, loss_changes, loss_of, row_of
-from carn.evaluation.scoring import SCORES, Protocol, score_tiles
+from carn.evaluation.scoring import BICUBIC_LR, SCORES, Protocol, score_tiles
 from carn.evaluation.timing import Timing, paper_lr_px, time_model
 from carn.models.checkpoint import (
     Checkpoint,
@@ -119,6 +121,7 @@ class Measure:
         protocol: how LR is made.
         max_tiles: tiles that are scored, spread evenly over the split; None for all.
         lpips: URIs of AlexNet's and of the linear weights; None for no LPIPS.
+        way: that of the condition LR is made under. Its name decides nothing.
     """
 
     dataset: str
@@ -126,6 +129,7 @@ class Measure:
     protocol: Protocol
     max_tiles: int | None
     lpips: tuple[str, str] | None
+    way: Degradation = BICUBIC_LR
 
     def digest(self, dataset_digest: str) -> str:
         """What tells scores by this measure from others'."""
@@ -377,6 +381,7 @@ def score_stretch(
         read_tiles(dataset, measure.split, stretch.tiles),
         scale=entrant.scale,
         protocol=measure.protocol,
+        way=measure.way,
         lpips=None if measure.lpips is None else _lpips(measure.lpips, device),
     )
     sink = io.BytesIO()
@@ -477,7 +482,13 @@ def cut_crop(
     scale = next(iter(entrants.values())).scale
     models = {name: model_of(entrant, device) for name, entrant in entrants.items()}
     strip = crop_strip(
-        models, row, hr, scale=scale, protocol=measure.protocol, judged=judged(entrants)
+        models,
+        row,
+        hr,
+        scale=scale,
+        protocol=measure.protocol,
+        way=measure.way,
+        judged=judged(entrants),
     )
     pictures = [
         [name, base64.b64encode(png).decode(), psnr_db] for name, png, psnr_db in strip.pictures

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from torch import nn
 
+from carn.models.adaptive_carn import AdaptiveCarn, AdaptiveCarnConfig
 from carn.models.bicubic import Bicubic, BicubicConfig
 from carn.models.carn import Carn, CarnConfig
 from carn.models.edsr import Edsr, EdsrConfig
@@ -17,7 +18,9 @@ from carn.models.srcnn import Srcnn, SrcnnConfig
 from carn.models.srgan import Srgan, SrganConfig
 from carn.models.swdnet import SwdNet, SwdNetConfig
 
-ModelName = Literal["bicubic", "srcnn", "srgan", "edsr", "rdn", "rcan", "swdnet", "carn"]
+ModelName = Literal[
+    "bicubic", "srcnn", "srgan", "edsr", "rdn", "rcan", "swdnet", "carn", "adaptive-carn"
+]
 ModelConfig = (
     BicubicConfig
     | SrcnnConfig
@@ -27,6 +30,7 @@ ModelConfig = (
     | RcanConfig
     | SwdNetConfig
     | CarnConfig
+    | AdaptiveCarnConfig
 )
 
 
@@ -42,7 +46,7 @@ class ModelEntry:
     """Its defaults are the configuration that the CARN paper compares."""
 
 
-# In the order of the paper's tables.
+# In the order of the paper's tables, then what goes beyond them.
 MODELS: Mapping[ModelName, ModelEntry] = MappingProxyType(
     {
         "bicubic": ModelEntry(title="bicubic", model=Bicubic, config=BicubicConfig),
@@ -53,6 +57,9 @@ MODELS: Mapping[ModelName, ModelEntry] = MappingProxyType(
         "rcan": ModelEntry(title="RCAN", model=Rcan, config=RcanConfig),
         "swdnet": ModelEntry(title="SWD-Net", model=SwdNet, config=SwdNetConfig),
         "carn": ModelEntry(title="CARN", model=Carn, config=CarnConfig),
+        "adaptive-carn": ModelEntry(
+            title="Adaptive CARN", model=AdaptiveCarn, config=AdaptiveCarnConfig
+        ),
     }
 )
 

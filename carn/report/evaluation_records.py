@@ -69,6 +69,39 @@ class ModelRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionRow:
+    """The scores of one model at one scale under one condition, that is way to make LR.
+
+    Attributes:
+        scale: SR factor.
+        model: its name in print, variant and all.
+        key: its key in the table of models; gains are over "bicubic" on the same LR.
+        condition: its name.
+        num_seeds: trainings that are averaged; 0 where nothing is trained.
+        psnr_db, ssim: RGB, means over tiles and then over seeds.
+        gain_db, ssim_gain: over bicubic interpolation of the same LR; None for that itself.
+        num_images: tiles that were scored.
+        num_slides: slides that they are of, or whatever else the dataset was split by.
+        least_gain_db: of a tile; None for bicubic interpolation.
+        least_slide_gain_db: of the slides' means; likewise.
+    """
+
+    scale: int
+    model: str
+    key: str
+    condition: str
+    num_seeds: int
+    psnr_db: float
+    ssim: float
+    gain_db: float | None
+    ssim_gain: float | None
+    num_images: int
+    num_slides: int
+    least_gain_db: float | None
+    least_slide_gain_db: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two models on the same tiles.
 
@@ -189,6 +222,9 @@ class EvaluationReport:
         notes: what the caller has to say of it all, on top of the page.
         left_out: runs that were found and not scored, since they are not finished.
         spread: by label, PSNR gains over bicubic of all tiles, dB.
+        conditions: names of the ways to make LR and what they are, in words; `rows`, `comparisons`,
+            `crops` and `spread` are of the first.
+        condition_rows: scores under each of them, in the order of the table.
     """
 
     title: str
@@ -207,3 +243,5 @@ class EvaluationReport:
     notes: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     spread: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    conditions: tuple[tuple[str, str], ...] = ()
+    condition_rows: tuple[ConditionRow, ...] = ()

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from carn.report.evaluation_records import (
     Comparison,
+    ConditionRow,
     CropStrip,
     EvaluationReport,
     ModelRow,
@@ -60,6 +61,22 @@ class Block(NamedTuple):
     has_paper: bool
 
 
+class ConditionCell(NamedTuple):
+    """The scores of a model under a condition, and whether its gain is the most and below 0."""
+
+    row: ConditionRow
+    is_best: bool
+    is_worse: bool
+    is_slide_worse: bool
+
+
+class ConditionTable(NamedTuple):
+    """Models by condition at one scale; None where a model has no scores."""
+
+    scale: int
+    rows: list[tuple[str, list[ConditionCell | None]]]
+
+
 class ForestRow(NamedTuple):
     """A comparison, and where its numbers stand on the axis of its block, in percent from left."""
 
@@ -103,6 +120,7 @@ def render(report: EvaluationReport) -> str:
         has_star=any(row.variant == "*" for row in report.rows),
         has_paper=any(block.has_paper for block in blocks),
         has_paper_params=any(row.paper_params is not None for row in report.rows),
+        condition_tables=list_condition_tables(report) if len(report.conditions) > 1 else [],
         forests=list_forests(report.comparisons),
         max_rows=MAX_ROWS,
         time_plots=list_time_plots(report),
@@ -260,6 +278,43 @@ def _table_row(
         if peak is not None and row.variant != "*" and getattr(row, column) == peak
     )
     return TableRow(row, gain, paper_gain, best)
+
+
+# ------------------------------------------------------------------------------------- conditions
+
+
+def list_condition_tables(report: EvaluationReport) -> list[ConditionTable]:
+    """Put scores in tables of model by condition, one a scale; the most of a column is marked."""
+    names = [name for name, _ in report.conditions]
+    tables = []
+    for scale in sorted({row.scale for row in report.condition_rows}):
+        own = [row for row in report.condition_rows if row.scale == scale]
+        known = {(row.model, row.condition): row for row in own}
+        most: dict[str, float] = {}
+        for name in names:
+            gains = [
+                row.gain_db for row in own if row.condition == name and row.gain_db is not None
+            ]
+            if len(gains) > 1:
+                most[name] = max(gains)
+        rows = [
+            (model, [_condition_cell(known.get((model, name)), most) for name in names])
+            for model in dict.fromkeys(row.model for row in own)
+        ]
+        tables.append(ConditionTable(scale, rows))
+    return tables
+
+
+def _condition_cell(row: ConditionRow | None, most: Mapping[str, float]) -> ConditionCell | None:
+    if row is None:
+        return None
+    gain, least = row.gain_db, row.least_slide_gain_db
+    return ConditionCell(
+        row,
+        is_best=gain is not None and most.get(row.condition) == gain,
+        is_worse=gain is not None and gain < 0,
+        is_slide_worse=least is not None and least < 0,
+    )
 
 
 # ------------------------------------------------------------------------------------ differences

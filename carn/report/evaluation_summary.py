@@ -6,13 +6,15 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from carn import storage
+from carn.degradation.conditions import DEFAULT, describe
+from carn.degradation.scanner import Degradation
 from carn.evaluation.crops import CropStrip
 from carn.evaluation.published import CARN_STAR, FIGURE_4, TABLE_1, TABLE_2
 from carn.evaluation.scoring import conventions
@@ -31,6 +33,7 @@ from carn.models.table import MODELS
 from carn.report import evaluation_report
 from carn.report.evaluation_records import (
     Comparison,
+    ConditionRow,
     EvaluationReport,
     ModelRow,
     TimingRow,
@@ -48,13 +51,15 @@ class Scored:
 
     Attributes:
         entrants: one a seed.
-        tables: of SCORES, one an entrant.
+        tables: of SCORES, one an entrant, under the first condition.
         variant: of the row: "", "MSE" or "*".
+        under: tables of each further condition by its name, likewise; None where there is none.
     """
 
     entrants: tuple[Entrant, ...]
     tables: tuple[pa.Table, ...]
     variant: Variant
+    under: Mapping[str, tuple[pa.Table | None, ...]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -63,11 +68,19 @@ class Scored:
 
 
 def group_seeds(
-    scores: Sequence[tuple[Entrant, pa.Table]], *, is_star: bool = False
+    scores: Sequence[tuple[Entrant, pa.Table]],
+    *,
+    is_star: bool = False,
+    under: Mapping[str, Mapping[Entrant, pa.Table]] | None = None,
 ) -> list[Scored]:
-    """Entrants by model and scale, those that differ in their seeds alone together.
+    """Put entrants together by model and scale, those that differ in their seeds alone.
 
     In the order of the paper's tables; names that would be the same are told apart by a number.
+
+    Args:
+        scores: of each entrant under the first condition.
+        is_star: they are of CARN*.
+        under: scores by further condition and entrant.
     """
     groups: dict[tuple[str, int, str], list[tuple[Entrant, pa.Table]]] = {}
     for entrant, table in scores:
@@ -78,8 +91,17 @@ def group_seeds(
     for group in ranked:
         variant: Any = "*" if is_star else group[0][0].variant
         entrants = tuple(entrant for entrant, _ in group)
-        tables = tuple(table for _, table in group)
-        found.append(Scored(entrants=entrants, tables=tables, variant=variant))
+        found.append(
+            Scored(
+                entrants=entrants,
+                tables=tuple(table for _, table in group),
+                variant=variant,
+                under={
+                    name: tuple(tables.get(entrant) for entrant in entrants)
+                    for name, tables in (under or {}).items()
+                },
+            )
+        )
     return _told_apart(found)
 
 
@@ -115,6 +137,7 @@ def write_evaluation(
     facts: Mapping[str, Any],
     failures: Sequence[str],
     left_out: Sequence[str] = (),
+    conditions: Mapping[str, Degradation] = DEFAULT,
 ) -> str:
     """Write the tables and the page of an evaluation, and say what it came to.
 
@@ -126,6 +149,7 @@ def write_evaluation(
             the `settings` of the job.
         failures: what could not be scored, and why.
         left_out: runs that were found and are not scored, since they are not finished.
+        conditions: ways to make LR by name; the tables are of the first.
 
     Returns:
         Lines to print.
@@ -140,10 +164,14 @@ def write_evaluation(
         facts=facts,
         failures=failures,
         left_out=left_out,
+        conditions=conditions,
     )
-    storage.write_bytes(storage.join(uri, "scores.parquet"), _all_scores(scored))
+    kept = _all_scores(scored, conditions=list(conditions))
+    storage.write_bytes(storage.join(uri, "scores.parquet"), kept)
     rows = [asdict(row) for row in report.rows]
     storage.write_bytes(storage.join(uri, "table2.csv"), _csv(rows))
+    by_condition = [asdict(row) for row in report.condition_rows]
+    storage.write_bytes(storage.join(uri, "conditions.csv"), _csv(by_condition))
     comparisons = [asdict(comparison) for comparison in report.comparisons]
     storage.write_bytes(storage.join(uri, "significance.csv"), _csv(comparisons))
     storage.write_bytes(storage.join(uri, "timings.csv"), _csv([asdict(t) for t in report.timings]))
@@ -152,6 +180,11 @@ def write_evaluation(
         "convention": report.convention,
         "convention_y": report.convention_y,
         "rows": rows,
+        "conditions": [
+            {"name": name, "words": describe(way), **asdict(way)}
+            for name, way in conditions.items()
+        ],
+        "condition_rows": by_condition,
         "comparisons": comparisons,
         "failures": list(failures),
         "left_out": list(left_out),
@@ -174,10 +207,25 @@ def _said(report: EvaluationReport, failures: Sequence[str], *, page: str) -> st
             f"  x{row.scale} {row.title:{width}}  {row.psnr_db:.3f}{spread} dB, SSIM {row.ssim:.4f}"
             f"{paper}"
         )
+    lines += _said_of_conditions(report, width=width)
     lines.append(f"  report   {page}")
     lines += [f"  failed   {text}" for text in failures[:5]]
     lines += [f"  left out, not finished   {text}" for text in report.left_out[:5]]
     return "\n".join(lines)
+
+
+def _said_of_conditions(report: EvaluationReport, *, width: int) -> list[str]:
+    """Say the gains under each condition, a line a model; nothing where there is one condition."""
+    if len(report.conditions) < 2:
+        return []
+    gains: dict[tuple[int, str], list[str]] = {}
+    for row in report.condition_rows:
+        if row.gain_db is not None:
+            words = f"{row.condition} {row.gain_db:+.2f}"
+            gains.setdefault((row.scale, row.model), []).append(words)
+    return ["Gain over bicubic interpolation of the same LR, dB:"] + [
+        f"  x{scale} {model:{width}}  {', '.join(words)}" for (scale, model), words in gains.items()
+    ]
 
 
 def make_report(
@@ -188,6 +236,7 @@ def make_report(
     facts: Mapping[str, Any],
     failures: Sequence[str],
     left_out: Sequence[str] = (),
+    conditions: Mapping[str, Degradation] = DEFAULT,
 ) -> EvaluationReport:
     """The page's content; arguments as `write_evaluation`."""
     scales = sorted({item.entrants[0].scale for item in scored})
@@ -220,6 +269,12 @@ def make_report(
         notes=notes,
         left_out=tuple(left_out),
         spread=tuple(_spreads(scored, scales)),
+        conditions=tuple((name, describe(way)) for name, way in conditions.items()),
+        condition_rows=tuple(
+            row
+            for scale in scales
+            for row in _condition_rows(scored, scale=scale, conditions=list(conditions))
+        ),
     )
 
 
@@ -260,6 +315,60 @@ def _row(item: Scored) -> ModelRow:
         paper_params=None
         if entrant.architecture or entrant.scale != 2
         else TABLE_1.get(entrant.key),
+    )
+
+
+def _condition_rows(
+    scored: Sequence[Scored], *, scale: int, conditions: Sequence[str]
+) -> Iterator[ConditionRow]:
+    """A row for each model at a scale and each condition that it has scores under."""
+    here = [item for item in scored if item.entrants[0].scale == scale and item.variant != "*"]
+    base = next((item for item in here if item.entrants[0].key == "bicubic"), None)
+    for item in here:
+        for number, condition in enumerate(conditions):
+            further = None if number == 0 else condition
+            tables = _tables_under(item, further)
+            zero = [] if base is None or item is base else _tables_under(base, further)
+            if tables:
+                yield _condition_row(item, tables, zero, condition=condition)
+
+
+def _tables_under(item: Scored, condition: str | None) -> list[pa.Table]:
+    """The tables of a model under a further condition, or under the first (None)."""
+    if condition is None:
+        return list(item.tables)
+    return [table for table in item.under.get(condition, ()) if table is not None]
+
+
+def _condition_row(
+    item: Scored, tables: Sequence[pa.Table], zero: Sequence[pa.Table], *, condition: str
+) -> ConditionRow:
+    found = summarize_seeds(tables)
+    gain_db = ssim_gain = least_db = least_slide_db = None
+    if zero:
+        bicubic = summarize_seeds(zero)
+        gain_db, ssim_gain = found.psnr_db - bicubic.psnr_db, found.ssim - bicubic.ssim
+        zeros = mean_scores(zero)
+        gains = {tile: value - zeros[tile] for tile, value in mean_scores(tables).items()}
+        by_slide: dict[str, list[float]] = {}
+        for row in tables[0].select(["tile_id", "slide"]).to_pylist():
+            by_slide.setdefault(row["slide"], []).append(gains[row["tile_id"]])
+        least_db = min(gains.values())
+        least_slide_db = min(statistics.fmean(values) for values in by_slide.values())
+    return ConditionRow(
+        scale=item.entrants[0].scale,
+        model=item.title,
+        key=item.entrants[0].key,
+        condition=condition,
+        num_seeds=len(tables) if item.entrants[0].checkpoint is not None else 0,
+        psnr_db=found.psnr_db,
+        ssim=found.ssim,
+        gain_db=gain_db,
+        ssim_gain=ssim_gain,
+        num_images=found.num_tiles,
+        num_slides=found.num_slides,
+        least_gain_db=least_db,
+        least_slide_gain_db=least_slide_db,
     )
 
 
@@ -383,11 +492,21 @@ def _spreads(
     return found
 
 
-def _all_scores(scored: Sequence[Scored]) -> bytes:
-    """Every tile's scores by every entrant, as a Parquet file."""
+def _all_scores(scored: Sequence[Scored], *, conditions: Sequence[str]) -> bytes:
+    """Every tile's scores by every entrant under every condition, as a Parquet file."""
+    every = [
+        (condition, item, entrant, table)
+        for number, condition in enumerate(conditions)
+        for item in scored
+        for entrant, table in zip(
+            item.entrants,
+            item.tables if number == 0 else item.under.get(condition, (None,) * len(item.entrants)),
+            strict=True,
+        )
+    ]
     tables = []
-    for item in scored:
-        for entrant, table in zip(item.entrants, item.tables, strict=True):
+    for condition, item, entrant, table in every:
+        if table is not None:
             columns = {
                 "model": item.title,
                 "key": entrant.key,
@@ -396,6 +515,7 @@ def _all_scores(scored: Sequence[Scored]) -> bytes:
                 "seed": entrant.seed,
                 "checkpoint": entrant.checkpoint,
                 "checkpoint_hash": entrant.checkpoint_hash,
+                "condition": condition,
             }
             kinds = {"scale": pa.int32(), "seed": pa.int64()}
             about = pa.table(

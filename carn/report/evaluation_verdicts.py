@@ -5,7 +5,13 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from carn.evaluation.statistics import FEW_SLIDES
-from carn.report.evaluation_records import ALPHA, Comparison, EvaluationReport, ModelRow
+from carn.report.evaluation_records import (
+    ALPHA,
+    Comparison,
+    ConditionRow,
+    EvaluationReport,
+    ModelRow,
+)
 from carn.report.page import format_count
 from carn.report.train_report import format_fixed, format_signed
 
@@ -43,6 +49,7 @@ def find_notices(report: EvaluationReport) -> list[Notice]:
     return [
         *verdicts,
         *judge_scores(report.rows),
+        *(judge_conditions(report.condition_rows) if len(report.conditions) > 1 else ()),
         *judge_slides(report),
         *judge_seeds(report.rows),
         *judge_left_out(report.left_out),
@@ -119,6 +126,20 @@ def judge_scores(rows: Sequence[ModelRow]) -> list[Notice]:
     """Models whose PSNR is no number, or infinite."""
     lost = [_name(row) for row in rows if not math.isfinite(row.psnr_db)]
     return [Notice("bad", f"PSNR is not a finite number: {_join(lost)}.", "scores")] if lost else []
+
+
+def judge_conditions(rows: Sequence[ConditionRow]) -> list[Notice]:
+    """Name the models that are worse than bicubic interpolation under a condition."""
+    worse: dict[str, list[str]] = {}
+    for row in rows:
+        if row.gain_db is not None and row.gain_db < 0:
+            words = f"{row.condition} ({format_signed(row.gain_db, 2)} dB)"
+            worse.setdefault(f"{row.model} ×{row.scale}", []).append(words)
+    if not worse:
+        return []
+    who = "; ".join(f"{model} under {_join(words)}" for model, words in worse.items())
+    text = f"Worse than bicubic interpolation of the same LR: {who}."
+    return [Notice("bad", text, "conditions")]
 
 
 def judge_slides(report: EvaluationReport) -> list[Notice]:

@@ -341,6 +341,7 @@ class RunSummary:
         lr_mpx_per_s: LR Mpx in each second of the run.
         config: the resolved configuration, nested dicts of plain values.
         pace: throughput over the run; None when it was not recorded.
+        self_ensemble: whether pixels are means over eight flips and turns.
     """
 
     run_id: str
@@ -361,6 +362,7 @@ class RunSummary:
     lr_mpx_per_s: float | None
     config: Mapping[str, Any]
     pace: Pace | None = None
+    self_ensemble: bool = False
 
     def to_json(self) -> str:
         """As text; `from_json` gives an equal run.
@@ -439,7 +441,12 @@ def _decode(value: Any, kind: Any, place: str) -> Any:  # noqa: PLR0911 - one fo
         _check(is_number or value in ("inf", "-inf"), value, "a number", place)
         return float(value)
     if kind is not Any:
-        _check(type(value) is kind, value, {int: "an integer"}.get(kind, "a text"), place)
+        _check(
+            type(value) is kind,
+            value,
+            {int: "an integer", bool: "true or false"}.get(kind, "a text"),
+            place,
+        )
     return value
 
 

@@ -332,7 +332,7 @@ def list_facts(run: RunSummary) -> list[tuple[str, str]]:
     return [
         ("Run", run.run_id),
         ("Time", f"{started:%Y-%m-%d %H:%M} – {last}{zone}"),
-        ("Model", f"{run.model} ×{run.scale}"),
+        ("Model", f"{run.model} ×{run.scale}" + ", self-ensemble" * run.self_ensemble),
         ("Took", f"{_wall_s(run) / 3600:.2f} hours"),
         ("LR made", made),
         ("Throughput", pace),

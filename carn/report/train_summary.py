@@ -25,12 +25,13 @@ from carn.models.cost import count_parameters
 from carn.models.table import MODELS
 from carn.report.train_report import CropRow, Curve, TrainReport, render
 from carn.slides.slide import Rgb
-from carn.training.config import ValidationConfig
+from carn.training.config import TrainConfig
 from carn.training.group import WorkerGroup
-from carn.training.recording import FIRST_COLUMNS, VALIDATION_COLUMNS, Row, read_metrics
+from carn.training.recipes import with_values
+from carn.training.recording import Row, loss_terms, read_metrics
 from carn.training.run_folder import CONFIG, RunFolder
 from carn.training.tiles import load_tiles
-from carn.training.validation import Scores, Validator
+from carn.training.validation import Scores, Validator, validation_maker
 
 REPORT = "report.html"
 # Crops in the report, in HR px: small enough to see single nuclei in.
@@ -66,9 +67,7 @@ def _report(
     model = load_model(checkpoint)
     look = _look(facts, model)
     config = facts["config"]
-    terms = sorted(
-        {name for row in rows for name in row} - {*FIRST_COLUMNS, *VALIDATION_COLUMNS, "loss"}
-    )
+    terms = [name for name in loss_terms(rows) if name != "loss"]
     title = MODELS[config["network"]["model"]].title
     best_step = checkpoint.metrics.get("best_step")
     return TrainReport(
@@ -76,8 +75,8 @@ def _report(
         facts=_facts(run_uri, facts, rows, checkpoint, model),
         notices=(),
         loss_terms=tuple(_curve(rows, name) for name in ("loss", *terms)),
-        validation_psnr=(_curve(rows, "validation_psnr", label=title),),
-        validation_ssim=(_curve(rows, "validation_ssim", label=title),),
+        validation_psnr=_validation_curves(rows, "validation_psnr", title=title),
+        validation_ssim=_validation_curves(rows, "validation_ssim", title=title),
         bicubic_psnr=look.bicubic.mean_psnr if look else None,
         bicubic_ssim=look.bicubic.mean_ssim if look else None,
         best_step=None if best_step is None else int(best_step),
@@ -121,6 +120,15 @@ def _hours(seconds: float) -> str:
     return f"{hour} h {minute:02d} min {second:02d} s"
 
 
+def _validation_curves(rows: Sequence[Row], name: str, *, title: str) -> tuple[Curve, ...]:
+    """The mean over all conditions first, then each condition where there are several."""
+    conditions = dict.fromkeys(
+        column for row in rows for column in row if column.startswith(f"{name}/")
+    )
+    parts = [_curve(rows, column, label=column.partition("/")[2]) for column in conditions]
+    return (_curve(rows, name, label=title), *parts)
+
+
 def _curve(rows: Sequence[Row], name: str, *, label: str | None = None) -> Curve:
     points = [(row["step"], row[name]) for row in rows if name in row]
     return Curve(
@@ -156,9 +164,10 @@ def _look(facts: dict[str, Any], model: nn.Module) -> _Look | None:
     if not dataset.num_tiles("validation"):
         return None
     scale = int(facts["config"]["network"]["scale"])
-    store = load_tiles(dataset, split="validation", scale=scale)
-    settings = ValidationConfig(**facts["config"]["validation"])
-    validator = Validator(store, settings, group=WorkerGroup())
+    config = with_values(TrainConfig(), facts["config"])
+    maker = validation_maker(config)
+    store = load_tiles(dataset, split="validation", scale=scale, maker=maker)
+    validator = Validator(store, config.validation, group=WorkerGroup())
     return _Look(validator, model, scale=scale)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from carn.degradation.bicubic import SCALES
+from carn.degradation.conditions import CONDITIONS
+from carn.degradation.config import DegradationConfig
 from carn.metrics import SSIM_WINDOW_PX
 from carn.models.layers import BCSR_MEAN
 from carn.models.table import MODELS, ModelConfig, ModelName
@@ -17,6 +19,9 @@ DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 # What the last layer of SRCNN learns at, relative to the others. Source: Dong et al. 2016, 3.3,
 # https://doi.org/10.1109/TPAMI.2015.2439281.
 SRCNN_LAST_LAYER_FACTOR = 0.1
+
+# What an adaptive CARN's estimator, which is small and learns by itself, learns at.
+ESTIMATOR_FACTOR = 5.0
 
 Means = Literal["dataset", "published", "div2k"]
 Precision = Literal["fp32", "bf16"]
@@ -38,8 +43,12 @@ class NetworkConfig:
     reduction: int | None = None
     """By how much channel attention squeezes (the paper's r); None for the paper's, 8 in CARN."""
     mean: Means = "dataset"
-    """The RGB mean that the network takes away: that of the training tiles, the paper's published
-    mean of bcSR, or the mean of DIV2K that the code released with the paper uses."""
+    """The RGB mean that the network takes away: that of the training tiles (or of the checkpoint
+    that training starts from), the paper's published mean of bcSR, or the mean of DIV2K that the
+    code released with the paper uses."""
+    start_from: str | None = None
+    """Checkpoint, run or name of a network that comes with the project, whose weights training
+    starts from; None for fresh ones. An adaptive CARN can start from a CARN."""
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
@@ -49,6 +58,11 @@ class NetworkConfig:
         if self.model == "bicubic":
             raise ValueError("model='bicubic' has nothing to train; every run compares with it")
         self.model_config((0.5, 0.5, 0.5))
+
+    @property
+    def wants_numbers(self) -> bool:
+        """Whether training tells the network how LR was made."""
+        return self.model == "adaptive-carn"
 
     def model_config(self, dataset_mean: tuple[float, float, float]) -> ModelConfig:
         """The configuration of the network itself.
@@ -155,6 +169,10 @@ class ValidationConfig:
     """Validation tiles used, spread evenly over all there are; None for all."""
     self_ensemble: bool = False
     """Average over the eight flips and turns when validating."""
+    validation_conditions: tuple[str, ...] = ()
+    """Ways of making LR that the network is validated under, by name (of
+    `carn.degradation.conditions`, or .yaml files of more); none for bicubic LR alone, and with
+    `--degradation scanner` for all that have a name."""
 
     def __post_init__(self) -> None:
         check_at_least("validate_every", self.validate_every, 1)
@@ -171,9 +189,14 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     patches: PatchConfig = field(default_factory=PatchConfig)
+    degradation: DegradationConfig = field(default_factory=DegradationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     steps: int = 300_000
     """Updates; the paper's 300 epochs of 1000."""
+    estimator_steps: int | None = None
+    """Adaptive CARN only: updates of its first stage, which trains its estimate of how LR was made
+    alone and takes little time; None for a third of all. 0 where training starts from an adaptive
+    network that is to keep its estimate."""
     swdnet_stage_steps: int | None = None
     """SWD-Net only: updates of its first stage, which trains the spatial network alone; None for
     half of them."""
@@ -184,6 +207,7 @@ class TrainConfig:
         check_at_least("steps", self.steps, 1)
         check_at_least("seed", self.seed, 0)
         check_at_least("swdnet_stage_steps", self.swdnet_stage_steps, 0)
+        check_at_least("estimator_steps", self.estimator_steps, 0)
         scale, side = self.network.scale, self.patches.side_px(self.network.scale)
         if side % scale:
             raise ValueError(f"patch_px={side} is not a multiple of scale={scale}")
@@ -196,6 +220,11 @@ class TrainConfig:
             raise ValueError(
                 f"swdnet_stage_steps={stage_steps} leave nothing of steps={self.steps} to the "
                 "second stage, which trains the wavelet network"
+            )
+        if (self.estimator_steps or 0) >= self.steps and self.network.wants_numbers:
+            raise ValueError(
+                f"estimator_steps={self.estimator_steps} leave nothing of steps={self.steps} to "
+                "super-resolution"
             )
         own = OWN_OBJECTIVES.get(self.network.model)
         if own and self.loss != LossConfig():
@@ -225,7 +254,8 @@ def default_loss(model: ModelName) -> LossConfig:
     (https://doi.org/10.1109/CVPRW.2017.151, https://doi.org/10.1109/CVPR.2018.00262,
     https://doi.org/10.1007/978-3-030-01234-2_18).
     """
-    return LossConfig(loss="combined") if model == "carn" else LossConfig(loss="l1")
+    is_carn = model in ("carn", "adaptive-carn")
+    return LossConfig(loss="combined") if is_carn else LossConfig(loss="l1")
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -248,10 +278,18 @@ def resolve(config: TrainConfig) -> TrainConfig:
     stage_steps = config.swdnet_stage_steps
     if network.model == "swdnet" and stage_steps is None:
         stage_steps = config.steps // 2
+    estimator_steps = config.estimator_steps
+    if network.wants_numbers and estimator_steps is None:
+        estimator_steps = config.steps // 3
+    validation = config.validation
+    if config.degradation.degradation != "bicubic" and not validation.validation_conditions:
+        validation = dataclasses.replace(validation, validation_conditions=tuple(CONDITIONS))
     return dataclasses.replace(
         config,
         loss=loss,
+        validation=validation,
         patches=dataclasses.replace(config.patches, patch_px=side),
+        estimator_steps=estimator_steps,
         swdnet_stage_steps=stage_steps,
     )
 

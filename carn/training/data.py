@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from carn.bcsr.dataset import BcsrDataset
+from carn.degradation.variants import LrMaker
 from carn.training.config import TrainConfig
 from carn.training.engine import DataPath
 from carn.training.group import WorkerGroup
-from carn.training.patches import TileStore, cut_patches
+from carn.training.patches import Batch, TileStore, cut_patches, sample_numbers
 from carn.training.samples import Sampler, share
 from carn.training.stream import MapUnits, WindowReader, stream_batches, windows_in_order
 from carn.training.tiles import load_tiles
@@ -41,8 +41,9 @@ class TrainingData:
         device: torch.device,
         first_step: int,
         map_units: MapUnits,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This worker's LR and HR patches of each step: float32 0..1, on the device."""
+    ) -> Iterator[Batch]:
+        """This worker's patches of each step, on the device."""
+        has_numbers = config.network.wants_numbers
         patch_px = config.patches.side_px(config.network.scale)
         if self.store is not None:
             store = self.store.to(device)
@@ -50,7 +51,9 @@ class TrainingData:
                 samples = share(
                     self.sampler.step(step), rank=group.rank, world_size=group.world_size
                 )
-                yield cut_patches(store, samples, patch_px=patch_px)
+                lr, hr = cut_patches(store, samples, patch_px=patch_px)
+                numbers = sample_numbers(store, samples) if has_numbers else None
+                yield Batch(lr=lr, hr=hr, numbers=numbers)
             return
         slots = range(group.rank, config.patches.batch_size, group.world_size)
         span = {"first_step": first_step, "last_step": config.steps}
@@ -59,11 +62,17 @@ class TrainingData:
             sampler=self.sampler,
             scale=config.network.scale,
             patch_px=patch_px,
+            maker=LrMaker(config=config.degradation),
+            has_numbers=has_numbers,
         )
         windows = windows_in_order(self.sampler, slots, **span)
         results = map_units(reader, (dataclasses.asdict(window) for window in windows))
-        for lr, hr in stream_batches(results, self.sampler, slots, **span):
-            yield lr.to(device), hr.to(device)
+        for batch in stream_batches(results, self.sampler, slots, **span):
+            yield Batch(
+                lr=batch.lr.to(device),
+                hr=batch.hr.to(device),
+                numbers=None if batch.numbers is None else batch.numbers.to(device),
+            )
 
     def names_at(self, step: int) -> tuple[str, ...]:
         """The tiles of a step's batch."""
@@ -83,7 +92,8 @@ def open_training_data(
     scale = config.network.scale
     store = None
     if path == "memory":
-        store = load_tiles(dataset, split="train", scale=scale)
+        maker = LrMaker(config=config.degradation)
+        store = load_tiles(dataset, split="train", scale=scale, maker=maker)
         extents, tile_ids = store.extents_px(), store.tile_ids
     else:
         table = dataset.table("train")
@@ -122,4 +132,5 @@ def make_sampler(
         order=patches.order,
         groups=[(group.first, group.count) for group in dataset.groups("train")],
         samples_per_tile=patches.samples_per_tile,
+        num_variants=config.degradation.lr_variants,
     )

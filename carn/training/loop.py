@@ -24,6 +24,7 @@ from carn.training.data import TrainingData, open_training_data
 from carn.training.engine import EngineConfig, choose_device, prepare, set_up
 from carn.training.group import WorkerGroup
 from carn.training.loss_log import LossLog
+from carn.training.patches import Batch
 from carn.training.players import (
     at_stage,
     autocast_for,
@@ -34,9 +35,10 @@ from carn.training.players import (
 )
 from carn.training.recording import Recorder
 from carn.training.run_folder import Progress, RunFolder, restore_rng, rng_tensors
+from carn.training.start import starting_point
 from carn.training.stream import MapUnits, map_in_threads
 from carn.training.tiles import dataset_digest, load_tiles
-from carn.training.validation import Scores, Validator
+from carn.training.validation import Scores, Validator, validation_maker
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +101,8 @@ def train(
     )
     run.on_event, run.on_checkpoint = on_event, on_checkpoint
     run.announce()
-    for step, (lr, hr) in run.batches(map_units):
-        run.update(step, lr, hr)
+    for step, batch in run.batches(map_units):
+        run.update(step, batch)
         run.look(step + 1)
     return run.finish()
 
@@ -147,7 +149,9 @@ class _Run:
         self.validator: Validator | None = None
         self.bicubic: Scores | None = None
         if dataset.num_tiles("validation"):
-            store = load_tiles(dataset, split="validation", scale=config.network.scale)
+            maker = validation_maker(config)
+            scale = config.network.scale
+            store = load_tiles(dataset, split="validation", scale=scale, maker=maker)
             self.validator = Validator(store, config.validation, group=self.group)
             self.bicubic = self.validator.bicubic(self.device)
         self.recorder: Recorder | None = None
@@ -159,8 +163,12 @@ class _Run:
     def _make_model(self, dataset: BcsrDataset) -> None:
         network = self.config.network
         torch.manual_seed(self.config.seed)
-        model_config = network.model_config(dataset.channel_means)
+        start = starting_point(network)
+        mean = dataset.channel_means if start is None else start.mean or dataset.channel_means
+        model_config = network.model_config(mean)
         self.model = build_model(network.model, scale=network.scale, config=model_config)
+        if start is not None:
+            start.give_to(self.model)
         self.model.to(self.device).train()
         prepare(self.model, self.engine)
         self.players = make_players(self.model, self.config, device=self.device, group=self.group)
@@ -183,7 +191,7 @@ class _Run:
             facts["best_psnr"] = self.progress.best_psnr
         self._tell("begin", self.progress.step, facts)
 
-    def batches(self, map_units: MapUnits) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    def batches(self, map_units: MapUnits) -> Iterator[tuple[int, Batch]]:
         """The steps that are left, each with this worker's patches."""
         first = self.progress.step
         batches = self.data.batches(
@@ -195,7 +203,7 @@ class _Run:
         )
         return zip(range(first, self.config.steps), batches, strict=True)
 
-    def update(self, step: int, lr: Tensor, hr: Tensor) -> None:
+    def update(self, step: int, batch: Batch) -> None:
         """One step of every optimiser."""
         config = self.config
         self.players = at_stage(
@@ -203,8 +211,9 @@ class _Run:
         )
         terms = {
             player.name: player.update(
-                lr,
-                hr,
+                batch.lr,
+                batch.hr,
+                numbers=batch.numbers,
                 learning_rate=learning_rate(step, config),
                 weight=self.group.gradient_weight(config.patches.batch_size),
                 gradient_clip=config.optimizer.gradient_clip,
@@ -260,6 +269,9 @@ class _Run:
         scores = validator.score(self.shipped, self.device)
         self.progress = self.progress.with_scores(done, scores.mean_psnr, scores.mean_ssim)
         found = {"validation_psnr": scores.mean_psnr, "validation_ssim": scores.mean_ssim}
+        for name, part in validator.by_condition(scores).items():
+            found[f"validation_psnr/{name}"] = part.mean_psnr
+            found[f"validation_ssim/{name}"] = part.mean_ssim
         if self.recorder is not None:
             self.recorder.add({"step": float(done), **found})
         self._tell("validation", done, found)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from carn.models.adaptive_carn import AdaptiveCarn
 from carn.models.srcnn import LUMA
 from carn.models.swdnet import SwdNet, mirrored_to_multiple
 from carn.models.wavelet import haar
@@ -39,6 +40,32 @@ class PixelObjective(nn.Module):
         """
         terms: Terms = self.pixel_loss(self.model(lr), hr)
         return terms
+
+
+class EstimatorObjective(nn.Module):
+    """The squared error of an adaptive network's estimate of how LR was made."""
+
+    def __init__(self, model: AdaptiveCarn) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        lr: Float[Tensor, "b 3 h w"],
+        hr: Float[Tensor, "b 3 H W"],
+        numbers: Float[Tensor, "b k"],
+    ) -> Terms:
+        """`loss`, and the same as `estimate`: a mean over the numbers, which are of about 0..1.
+
+        Args:
+            lr: RGB on 0..1.
+            hr: not looked at.
+            numbers: how LR was made, see `carn.degradation.numbers`.
+        """
+        del hr
+        estimate: Tensor = self.model.estimator(lr)
+        loss = functional.mse_loss(estimate.flatten(1), numbers)
+        return {"loss": loss, "estimate": loss.detach()}
 
 
 class SrcnnObjective(nn.Module):

@@ -12,13 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from carn.errors import RunError
+from carn.models.adaptive_carn import AdaptiveCarn
 from carn.models.srcnn import Srcnn
 from carn.models.srgan import Srgan, SrganDiscriminator
 from carn.models.swdnet import SwdNet
-from carn.training.config import SRCNN_LAST_LAYER_FACTOR, TrainConfig
+from carn.training.config import ESTIMATOR_FACTOR, SRCNN_LAST_LAYER_FACTOR, TrainConfig
 from carn.training.group import WorkerGroup
 from carn.training.objectives import (
     DiscriminatorObjective,
+    EstimatorObjective,
     GeneratorObjective,
     PixelObjective,
     SrcnnObjective,
@@ -56,13 +58,18 @@ class Player:
         weight: float,
         gradient_clip: float | None,
         autocast: AbstractContextManager[Any],
+        numbers: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One step of the optimiser; returns the detached terms of the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
+        inner = getattr(self.objective, "module", self.objective)  # within DDP
+        needs_numbers = isinstance(inner, EstimatorObjective)
         with autocast:
-            terms: dict[str, Tensor] = self.objective(lr, hr)
+            terms: dict[str, Tensor] = (
+                self.objective(lr, hr, numbers) if needs_numbers else self.objective(lr, hr)
+            )
         torch.autograd.backward(terms["loss"] * weight)
         if gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip)
@@ -92,6 +99,8 @@ def make_players(
         ]
     elif isinstance(model, SwdNet):
         objectives = [("model", model, SwdNetObjective(model, stage=1))]
+    elif isinstance(model, AdaptiveCarn):
+        objectives = [("model", model, _adaptive_objective(model, config, step=0))]
     elif isinstance(model, Srcnn):
         objectives = [("model", model, SrcnnObjective(model))]
     else:
@@ -115,17 +124,37 @@ def at_stage(
     device: torch.device,
     group: WorkerGroup,
 ) -> list[Player]:
-    """The players of an update: SWD-Net's objective changes on its way, all others stay."""
+    """The players of an update: some networks' objective changes on its way, all others stay."""
     (player, *others) = players
-    if others or not isinstance(player.network, SwdNet):
+    if others or not isinstance(player.network, (SwdNet, AdaptiveCarn)):
         return players
     objective = player.objective
     inner = objective.module if isinstance(objective, DistributedDataParallel) else objective
+    changed: nn.Module
+    if isinstance(player.network, AdaptiveCarn):
+        is_first = step < (config.estimator_steps or 0)
+        if isinstance(inner, EstimatorObjective) == is_first:
+            return players
+        changed = _adaptive_objective(player.network, config, step=step).to(device)
+        changed = _parallel(changed, device=device, group=group)
+        return [dataclasses.replace(player, objective=changed)]
     stage: Literal[1, 2] = 1 if step < (config.swdnet_stage_steps or 0) else 2
     if inner.stage == stage:
         return players
     changed = SwdNetObjective(player.network, stage=stage).to(device)
     return [dataclasses.replace(player, objective=_parallel(changed, device=device, group=group))]
+
+
+def _adaptive_objective(model: AdaptiveCarn, config: TrainConfig, *, step: int) -> nn.Module:
+    """First the estimator alone, then all but the estimator.
+
+    What does not learn is frozen (`requires_grad`), so that training in several processes waits for
+    no gradient that never comes.
+    """
+    is_first = step < (config.estimator_steps or 0)
+    model.requires_grad_(not is_first)
+    model.estimator.requires_grad_(is_first)
+    return EstimatorObjective(model) if is_first else PixelObjective(model, config.loss)
 
 
 def _parallel(objective: nn.Module, *, device: torch.device, group: WorkerGroup) -> nn.Module:
@@ -144,11 +173,15 @@ def _optimizer(
     network: nn.Module, config: TrainConfig, *, device: torch.device
 ) -> torch.optim.Optimizer:
     settings = config.optimizer
-    last = _last_layer(network) if isinstance(network, Srcnn) else []
-    others = [item for item in network.parameters() if all(item is not one for one in last)]
+    special: list[nn.Parameter] = []
+    if isinstance(network, Srcnn):
+        special, factor = _last_layer(network), SRCNN_LAST_LAYER_FACTOR
+    elif isinstance(network, AdaptiveCarn):
+        special, factor = list(network.estimator.parameters()), ESTIMATOR_FACTOR
+    others = [item for item in network.parameters() if all(item is not one for one in special)]
     groups: list[dict[str, Any]] = [{"params": others, "lr_factor": 1.0}]
-    if last:
-        groups.append({"params": last, "lr_factor": SRCNN_LAST_LAYER_FACTOR})
+    if special:
+        groups.append({"params": special, "lr_factor": factor})
     return torch.optim.Adam(
         groups,
         lr=settings.learning_rate,

@@ -121,6 +121,8 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
         if value not in kinds:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, kinds))}")
     elif origin is tuple:
+        if isinstance(value, (list, tuple)) and kinds[-1] is Ellipsis:
+            kinds = (kinds[0],) * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
             raise wrong
         value = tuple(_typed(name, item, kind) for item, kind in zip(value, kinds, strict=True))

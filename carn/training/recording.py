@@ -5,7 +5,7 @@ import io
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # Columns that every row has; the terms of the loss stand between them and those of validation.
 FIRST_COLUMNS = ("step", "seconds", "learning_rate", "images_per_s")
 VALIDATION_COLUMNS = ("validation_psnr", "validation_ssim")
+# Those of one condition are called `validation_psnr/<condition>`.
+_VALIDATION = "validation_"
 
 Row = dict[str, float]
 
@@ -99,9 +101,16 @@ def read_metrics(uri: str) -> list[Row]:
     ]
 
 
+def loss_terms(rows: Iterable[Row]) -> list[str]:
+    """The columns that are neither of every run nor of validation, in the order of the alphabet."""
+    names = {name for row in rows for name in row} - set(FIRST_COLUMNS)
+    return sorted(name for name in names if not name.startswith(_VALIDATION))
+
+
 def _to_csv(rows: list[Row]) -> bytes:
-    terms = {name for row in rows for name in row} - {*FIRST_COLUMNS, *VALIDATION_COLUMNS}
-    columns = [*FIRST_COLUMNS, *sorted(terms), *VALIDATION_COLUMNS]
+    names = dict.fromkeys(name for row in rows for name in row)
+    by_condition = [name for name in names if name.startswith(f"{_VALIDATION}") and "/" in name]
+    columns = [*FIRST_COLUMNS, *loss_terms(rows), *VALIDATION_COLUMNS, *by_condition]
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
@@ -114,6 +123,6 @@ def _to_csv(rows: list[Row]) -> bytes:
 def _board_name(name: str) -> str:
     if name in FIRST_COLUMNS:
         return f"run/{name}"
-    if name in VALIDATION_COLUMNS:
-        return f"validation/{name.removeprefix('validation_')}"
+    if name.startswith(_VALIDATION):
+        return f"validation/{name.removeprefix(_VALIDATION)}"
     return f"train/{name}"

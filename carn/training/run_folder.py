@@ -136,7 +136,9 @@ class RunFolder:
         self, known: dict[str, Any], facts: dict[str, Any], config: TrainConfig
     ) -> None:
         way_out = "choose another --output, or begin anew with --overwrite"
-        old, new = _flat(known["config"]), _flat(facts["config"])
+        # A setting that an earlier version did not have was what its default is.
+        old = _flat(TrainConfig().to_dict()) | _flat(known["config"])
+        new = _flat(facts["config"])
         changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
         if config.optimizer.schedule == "halving":
             # The schedule does not look at the end, so a run may be made longer.

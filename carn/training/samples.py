@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Order = Literal["shuffled", "windowed"]
 
 # Tells the streams of random numbers of one seed apart.
-_TILES, _PLACES = 1, 2
+_TILES, _PLACES, _VARIANTS = 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,13 @@ class Samples:
 
     Attributes:
         tile: index of the tile in its split's order.
+        variant: which of the tile's LR images.
         top, left: the patch's corner in LR px of its tile; the HR patch's is `scale` times that.
         flip_x, flip_y, transpose: what is done to the patch, the transpose last.
     """
 
     tile: NDArray[np.int64]
+    variant: NDArray[np.int64]
     top: NDArray[np.int64]
     left: NDArray[np.int64]
     flip_x: NDArray[np.bool_]
@@ -80,6 +82,7 @@ class Sampler:
         order: see the module.
         groups: with `windowed`, tiles of each group as (first, count), in the tiles' order.
         samples_per_tile: with `windowed`, patches of a tile in one window.
+        num_variants: LR images of each tile, each as likely as the others.
 
     Raises:
         ValueError: no tiles, or a patch that is no multiple of the scale or larger than a tile.
@@ -97,6 +100,7 @@ class Sampler:
         order: Order = "shuffled",
         groups: Sequence[tuple[int, int]] = (),
         samples_per_tile: int = 32,
+        num_variants: int = 1,
     ) -> None:
         if not extents_px:
             raise ValueError("there are no tiles to take patches from")
@@ -119,6 +123,7 @@ class Sampler:
         self._augment = augment
         self._groups = list(groups)
         self._samples_per_tile = samples_per_tile
+        self._num_variants = num_variants
         self._windows: dict[int, list[Window]] = {}
         self._current: dict[int, tuple[Window, Samples]] = {}
         if order == "windowed" and sum(count for _, count in groups) != self.num_tiles:
@@ -129,7 +134,8 @@ class Sampler:
         if self.order == "shuffled":
             first = step * self.batch_size
             tile = np.array([self._visit(first + j) for j in range(self.batch_size)])
-            return self._place(tile, np.random.default_rng([self._seed, _PLACES, step]))
+            rng = np.random.default_rng([self._seed, _PLACES, step])
+            return self._place(tile, rng, stream=(step,))
         parts = []
         for slot in range(self.batch_size):
             window = self.window(slot, step)
@@ -144,13 +150,18 @@ class Sampler:
         epoch, place = divmod(position, self.num_tiles)
         return int(_permutation(self._seed, epoch, self.num_tiles)[place])
 
-    def _place(self, tile: NDArray[np.int64], rng: np.random.Generator) -> Samples:
+    def _place(
+        self, tile: NDArray[np.int64], rng: np.random.Generator, *, stream: tuple[int, ...]
+    ) -> Samples:
+        # A stream of its own, so that places are the same whatever the number of variants.
+        variants = np.random.default_rng([self._seed, _VARIANTS, *stream])
         corners = rng.integers(0, self._room[tile])
         flips = rng.random((len(tile), 3)) < 0.5
         if not self._augment:
             flips[:] = False
         return Samples(
             tile=tile,
+            variant=variants.integers(0, self._num_variants, len(tile)),
             top=corners[:, 0],
             left=corners[:, 1],
             flip_x=flips[:, 0],
@@ -191,7 +202,7 @@ class Sampler:
         rng = np.random.default_rng([self._seed, _PLACES, window.slot, window.number])
         first, count = self._groups[window.group]
         tile = np.repeat(np.arange(first, first + count), self._samples_per_tile)
-        return self._place(rng.permutation(tile), rng)
+        return self._place(rng.permutation(tile), rng, stream=(window.slot, window.number))
 
 
 @functools.lru_cache(maxsize=64)

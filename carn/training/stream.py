@@ -10,16 +10,17 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from carn.bcsr.dataset import TileGroup, group_tiles
+from carn.bcsr.dataset import TileGroup, named_tiles
+from carn.degradation.variants import LrMaker
 from carn.errors import DatasetError
-from carn.training.patches import cut_patches, make_store
+from carn.training.patches import Batch, cut_patches, make_store, sample_numbers
 from carn.training.samples import Sampler, Window
 
 # Maps a function over units of work, ahead of need, results in the order of the units.
@@ -56,18 +57,23 @@ class WindowReader:
         sampler: says which patches a window holds.
         scale: the SR factor.
         patch_px: side of an HR patch.
+        maker: of LR.
+        has_numbers: say how the LR of each patch was made.
     """
 
     groups: Sequence[TileGroup]
     sampler: Sampler
     scale: int
     patch_px: int
+    maker: LrMaker = field(default_factory=LrMaker)
+    has_numbers: bool = False
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """All patches of a window, the fields of which are the unit.
 
         Returns:
-            The unit with "lr" (n, h, w, 3) and "hr" (n, H, W, 3), uint8, in the order of steps.
+            The unit with "lr" (n, h, w, 3) and "hr" (n, H, W, 3), uint8, in the order of steps,
+            and where they are wanted "numbers" (n, k) float32.
 
         Raises:
             DatasetError: the shard is damaged.
@@ -75,11 +81,15 @@ class WindowReader:
         """
         window = Window(**unit)
         group = self.groups[window.group]
-        store = make_store(group_tiles(group), scale=self.scale)
+        tile_ids, tiles = zip(*named_tiles(group), strict=True)
+        store = make_store(tiles, scale=self.scale, maker=self.maker, tile_ids=tile_ids)
         samples = self.sampler.window_samples(window)
         samples = dataclasses.replace(samples, tile=samples.tile - group.first)
         lr, hr = cut_patches(store, samples, patch_px=self.patch_px)
-        return {**unit, "lr": _to_bytes(lr), "hr": _to_bytes(hr)}
+        result = {**unit, "lr": _to_bytes(lr), "hr": _to_bytes(hr)}
+        if self.has_numbers:
+            result["numbers"] = sample_numbers(store, samples).numpy()
+        return result
 
 
 def _to_bytes(patches: Tensor) -> Any:
@@ -93,15 +103,15 @@ def stream_batches(
     *,
     first_step: int,
     last_step: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """LR and HR batches (float32 0..1, channels_last) of each step, from windows read in order.
+) -> Iterator[Batch]:
+    """The batch (channels_last) of each step, from windows read in order.
 
     Raises:
         DatasetError: a window is missing, or out of its order.
     """
     current: dict[int, tuple[Window, dict[str, Any]]] = {}
     for step in range(first_step, last_step):
-        lr, hr = [], []
+        lr, hr, numbers = [], [], []
         for slot in slots:
             window = current[slot][0] if slot in current else None
             if window is None or step >= window.first_step + window.num_steps:
@@ -111,7 +121,10 @@ def stream_batches(
             at = step - window.first_step
             lr.append(patches["lr"][at])
             hr.append(patches["hr"][at])
-        yield _to_floats(lr), _to_floats(hr)
+            if "numbers" in patches:
+                numbers.append(patches["numbers"][at])
+        known = torch.from_numpy(np.stack(numbers)) if numbers else None
+        yield Batch(lr=_to_floats(lr), hr=_to_floats(hr), numbers=known)
 
 
 def _expect(window: Window, result: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """How good a network is on tiles that it does not train on, next to bicubic."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from carn.degradation.conditions import read_conditions
+from carn.degradation.variants import LrMaker
 from carn.metrics import convention, mean_psnr, psnr, ssim, to_uint8
 from carn.models.bicubic import Bicubic, BicubicConfig
+from carn.models.turns import mean_over_turns
 from carn.slides.slide import Rgb
-from carn.training.config import ValidationConfig
+from carn.training.config import TrainConfig, ValidationConfig
 from carn.training.group import WorkerGroup
 from carn.training.patches import TileStore
 
@@ -39,20 +41,48 @@ class Scores:
         return float(self.ssim.mean())
 
 
+def validation_maker(config: TrainConfig) -> LrMaker:
+    """What makes LR of validation tiles: the conditions that the settings name, or bicubic LR.
+
+    Raises:
+        ValueError, StorageError: as `read_conditions`.
+    """
+    return LrMaker(conditions=read_conditions(config.validation.validation_conditions))
+
+
 class Validator:
-    """Scores networks on the same crops of the same tiles, shared out over the workers."""
+    """Scores networks on the same crops of the same tiles, shared out over the workers.
+
+    Each tile is scored under each condition that the store's LR was made for.
+    """
 
     def __init__(self, store: TileStore, config: ValidationConfig, *, group: WorkerGroup) -> None:
         self._store = store
         self._config = config
         self._group = group
         count = min(len(store.tile_ids), config.max_validation_tiles or len(store.tile_ids))
-        self._tiles = [int(n) for n in np.linspace(0, len(store.tile_ids) - 1, count).round()]
+        tiles = [int(n) for n in np.linspace(0, len(store.tile_ids) - 1, count).round()]
+        self.conditions = tuple(store.maker.conditions)
+        self._places = [
+            (tile, variant) for variant in range(store.maker.num_variants) for tile in tiles
+        ]
 
     @property
     def tile_ids(self) -> list[str]:
-        """The names of the tiles, in the order of the scores."""
-        return [self._store.tile_ids[tile] for tile in self._tiles]
+        """The names of the tiles (and the condition, if there are any), in the order of scores."""
+        names = [self._store.tile_ids[tile] for tile, _ in self._places]
+        if not self.conditions:
+            return names
+        conditions = [self.conditions[variant] for _, variant in self._places]
+        return [f"{name} ({condition})" for name, condition in zip(names, conditions, strict=True)]
+
+    def by_condition(self, scores: Scores) -> dict[str, Scores]:
+        """The scores under each condition; empty where there are none."""
+        variants = np.array([variant for _, variant in self._places])
+        return {
+            name: Scores(psnr=scores.psnr[variants == number], ssim=scores.ssim[variants == number])
+            for number, name in enumerate(self.conditions)
+        }
 
     @property
     def convention(self) -> str:
@@ -60,7 +90,9 @@ class Validator:
         side = self._config.validation_crop_px
         part = "whole tiles" if side is None else f"the middle {side} px of each tile"
         turned = ", averaged over 8 flips and turns" if self._config.self_ensemble else ""
-        return f"{len(self._tiles)} validation tiles, {part}{turned}. {convention()}"
+        under = f", each under {', '.join(self.conditions)}" if self.conditions else ""
+        num_tiles = len({tile for tile, _ in self._places})
+        return f"{num_tiles} validation tiles, {part}{turned}{under}. {convention()}"
 
     def bicubic(self, device: torch.device) -> Scores:
         """The scores of bicubic interpolation."""
@@ -70,8 +102,8 @@ class Validator:
         """The scores of a network, in float32; it is left in the mode it was in."""
         was_training = model.training
         model.eval()
-        scores = torch.zeros(len(self._tiles), 2, dtype=torch.float64)
-        for index in range(self._group.rank, len(self._tiles), self._group.world_size):
+        scores = torch.zeros(len(self._places), 2, dtype=torch.float64)
+        for index in range(self._group.rank, len(self._places), self._group.world_size):
             lr, hr = self.crop(index)
             sr = to_uint8(self._upscale(model, _batch(lr, device)))
             target = torch.from_numpy(np.ascontiguousarray(hr)).permute(2, 0, 1)[None].to(device)
@@ -83,7 +115,8 @@ class Validator:
 
     def crop(self, index: int) -> tuple[Rgb, Rgb]:
         """LR and HR uint8 of a tile, or of its middle."""
-        lr, hr = self._store.pair(self._tiles[index])
+        tile, variant = self._places[index]
+        lr, hr = self._store.pair(tile, variant=variant)
         if self._config.validation_crop_px is None:
             return lr, hr
         scale = self._store.scale
@@ -108,26 +141,7 @@ class Validator:
                 # Past torch.compile, which would compile anew for every size of tile.
                 sr: Tensor = model.forward(lr)
                 return sr
-            return torch.stack([undo(model.forward(turned)) for turned, undo in _turns(lr)]).mean(0)
-
-
-def _turns(lr: Tensor) -> Iterator[tuple[Tensor, "_Undo"]]:
-    """The eight flips and turns of an image, each with the way back."""
-    for transpose in (False, True):
-        for axes in ((), (-1,), (-2,), (-2, -1)):
-            undo = _Undo(axes=axes, transpose=transpose)
-            turned = lr.transpose(-1, -2) if transpose else lr
-            yield turned.flip(axes), undo
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Undo:
-    axes: tuple[int, ...]
-    transpose: bool
-
-    def __call__(self, sr: Tensor) -> Tensor:
-        sr = sr.flip(self.axes)
-        return sr.transpose(-1, -2) if self.transpose else sr
+            return mean_over_turns(model.forward, lr)
 
 
 def _batch(lr: Rgb, device: torch.device) -> Tensor:

@@ -76,13 +76,19 @@ def compare(
 
     Args:
         engine: what is judged.
-        reference: `reference_engine` of the same model.
+        reference: `reference_engine` of the same model, self-ensembled where the engine is.
         windows: LR with the engine's halo, inferred at once.
         hr: what the SR of each should be.
 
     Raises:
-        ValueError: no windows, or HR of another number or size than SR.
+        ValueError: no windows, HR of another number or size than SR, or only one of the engines is
+            self-ensembled.
     """
+    if engine.self_ensemble != reference.self_ensemble:
+        raise ValueError(
+            f"self_ensemble={engine.self_ensemble} of the engine is not the reference's; make that "
+            "by reference_engine(model, self_ensemble=engine.self_ensemble)"
+        )
     exact, levels, engine_hr, reference_hr = (_Squares() for _ in range(4))
     largest, num_changed = 0, 0
     wanted: Iterable[Rgb | None] = itertools.repeat(None) if hr is None else hr
@@ -150,7 +156,7 @@ def table_of(
     from carn.degradation.bicubic import degrade
     from carn.upscaling.pooling import has_pooling, pool_over
 
-    reference = reference_engine(model)
+    reference = reference_engine(model, self_ensemble=settings.self_ensemble)
     halo = reference.halo_px
     hrs, windows = [], []
     for image in images:

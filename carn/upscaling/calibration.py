@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 # Up to this many LR px the whole view is pooled over: tiles and crops get exactly the means of the
 # whole. For CARN 2.1 Mpx are about a minute of one core, and 2 GB.
 MAX_WHOLE_PX = 1 << 21
-# Windows start at multiples of this (see carn.upscaling.blocks).
-ALIGNMENT_PX = 4
+# Windows that are pooled start at multiples of this, so that all have JPEG's grid at one place.
+ALIGNMENT_PX = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,7 +129,7 @@ def calibrate(
     engine.set_pooling(pooling)
     accuracy_db = math.nan
     if num_probes:
-        reference = reference_engine(model)
+        reference = reference_engine(model, self_ensemble=engine.self_ensemble)
         reference.set_pooling(pooling)
         probes = _probes(windows, number=num_probes, halo_px=halo, side_px=side_px)
         accuracy_db = compare(engine, reference, probes).psnr_db

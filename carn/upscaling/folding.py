@@ -6,7 +6,8 @@
 2. From the upsampler on nothing is nonlinear: all of it is one 5x5 convolution to 3 * scale**2
    channels and one PixelShuffle. Zero padding inside the upsampler is lost: SR of the outermost two
    LR px differs, so callers crop at least these (a halo as wide as the receptive radius does).
-3. EDSR's scale of residuals and SRGAN's batch normalization become part of the convolution before.
+3. An adaptive CARN whose estimate is frozen is a plain CARN with other weights.
+4. EDSR's scale of residuals and SRGAN's batch normalization become part of the convolution before.
 
 The mean that networks take away first stays where it is: in a bias it would change the zero padding
 of the first convolution.
@@ -15,13 +16,16 @@ FLOP of CARN for each LR px: 2.745 M become 2.475 M at x2, 3.97 M 2.59 M at x4, 
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from carn.models.adaptive_carn import AdaptedLayers, AdaptiveCarn, adapt, adapted
 from carn.models.carn import Carb, Carn, ChannelAttentionRetention
 from carn.models.edsr import Edsr
 from carn.models.edsr import ResidualBlock as EdsrBlock
@@ -55,17 +59,24 @@ def fold(model: nn.Module, pooling: Pooling | None) -> nn.Module:
     folded.requires_grad_(requires_grad=False)
     if not can_fold(model):
         return folded
+    parts: list[_FoldedPart] = []
+    if isinstance(folded, AdaptiveCarn):
+        if pooling is None:  # each window has weights of its own
+            _fold_tail(folded)
+            return folded
+        adaptive, folded = folded, adapted(folded)
+        folded.requires_grad_(requires_grad=False)
+        parts.append(_FoldedAdaptation(adaptive=adaptive, layers=AdaptedLayers.of(folded)))
+        _set_all(parts, pooling)  # gates take their kernels from here
     if pooling is not None:
-        folded.gates = _take_out_gates(folded)  # type: ignore[assignment]
+        parts += _take_out_gates(folded)
+        folded.parts = parts  # type: ignore[assignment]
     for module in folded.modules():
         if isinstance(module, nn.Sequential):
             _fuse_norms(module)
     _spare_passes(folded)
     if not isinstance(model, Srgan):
-        tail = folded.get_submodule("tail")
-        assert isinstance(tail, nn.Sequential)
-        scale: int = folded.scale  # type: ignore[assignment]
-        folded.set_submodule("tail", FoldedTail(tail, scale=scale))
+        _fold_tail(folded)
     if pooling is not None:
         refold(folded, pooling)
     return folded
@@ -77,9 +88,7 @@ def refold(folded: nn.Module, pooling: Pooling) -> None:
     The network may have moved to another device, type or memory format since. What was compiled or
     captured from it goes on working, and sees the new weights.
     """
-    folded_gates: list[_FoldedGate] = getattr(folded, "gates", [])
-    for gate in folded_gates:
-        gate.set_mean(pooling)
+    _set_all(getattr(folded, "parts", []), pooling)
     refreeze(folded, pooling)
 
 
@@ -150,6 +159,35 @@ class DenseLayers(nn.Module):
         return residual
 
 
+class _FoldedPart(Protocol):
+    """Something that frozen means decide, within the weights of a folded network."""
+
+    def set_mean(self, pooling: Pooling) -> None:
+        """Work it out anew, in place."""
+
+
+def _set_all(parts: Sequence[_FoldedPart], pooling: Pooling) -> None:
+    for part in parts:
+        part.set_mean(pooling)
+
+
+@dataclass(frozen=True, eq=False)
+class _FoldedAdaptation:
+    """An adaptive CARN within the weights of a plain one."""
+
+    adaptive: AdaptiveCarn
+    layers: Sequence[AdaptedLayers]
+
+    def set_mean(self, pooling: Pooling) -> None:
+        """Adapt the plain network to the estimate that these means give."""
+        refreeze(self.adaptive, pooling)
+        with torch.no_grad():
+            # Frozen, the estimate does not depend on pixels.
+            device = self.adaptive.told.device
+            numbers = self.adaptive.numbers(torch.zeros(1, 3, 8, 8, device=device))
+        adapt(self.layers, self.adaptive, numbers)
+
+
 @dataclass(frozen=True, eq=False)
 class _FoldedGate:
     """A gate within a convolution: how to work it out, and the kernel without it."""
@@ -193,6 +231,13 @@ def _take_out_gates(folded: nn.Module) -> list[_FoldedGate]:
         )
         block.residual = nn.Sequential(*list(layers)[:-1])
     return gates
+
+
+def _fold_tail(folded: nn.Module) -> None:
+    tail = folded.get_submodule("tail")
+    assert isinstance(tail, nn.Sequential)
+    scale: int = folded.scale  # type: ignore[assignment]
+    folded.set_submodule("tail", FoldedTail(tail, scale=scale))
 
 
 def _spare_passes(folded: nn.Module) -> None:

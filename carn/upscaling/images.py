@@ -152,10 +152,12 @@ def _upscale_image(
         "input": storage.content_hash(uri, max_bytes=MAX_IMAGE_BYTES),
         "checkpoint": weights,
         "input_config": dataclasses.asdict(config.input),
+        "self_ensemble": engine.self_ensemble,
     }
     if not config.overwrite and storage.is_file(output_uri):
-        made_from = read_provenance(output_uri)
-        if made_from is not None and source.items() <= made_from.items():
+        # Files made before there was a choice do not say that it is off.
+        made_from = {"self_ensemble": False} | (read_provenance(output_uri) or {})
+        if source.items() <= made_from.items():
             return "skipped"
         raise SlideError(
             uri,

@@ -217,9 +217,11 @@ class _Population:
 
 def _interior(features: int, *, window_px: int, halo_px: int) -> slice:
     """Along one axis of a feature map, what a window's interior became."""
-    # Grids are multiples of a quarter LR px; sides that they do not divide were continued a little.
-    ratio = Fraction(round(4 * features / window_px), 4)
-    return slice(round(halo_px * ratio), round((window_px - halo_px) * ratio))
+    # Grids are multiples of a quarter LR px, or blocks of eight; sides that they do not divide were
+    # continued or cut a little.
+    ratio = Fraction(round(4 * features / window_px), 4) or Fraction(1, 8)
+    # Blocks that do not fit the window whole are left out.
+    return slice(round(halo_px * ratio), min(round((window_px - halo_px) * ratio), features))
 
 
 class _PopulationMean(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from carn.models.adaptive_carn import AdaptiveCarn
 from carn.models.carn import Carn
 from carn.models.edsr import Edsr
 from carn.models.edsr import ResidualBlock as EdsrBlock
@@ -71,6 +72,10 @@ def to_bf16(network: nn.Module) -> None:
     Raises:
         ValueError: the model has none.
     """
+    if isinstance(network, AdaptiveCarn):
+        # With frozen poolings `fold` makes a plain CARN of it; before that, each window has weights
+        # of its own, and float32 is fast enough for the few that calibrate.
+        return
     if isinstance(network, (Carn, Rcan)):
         _wrap(network, "body")
     elif isinstance(network, (Edsr, Rdn)):

@@ -39,7 +39,7 @@ class SlideTask:
         is_image: a plain image.
         checkpoint, checkpoint_hash, model, scale: the network.
         halo_px: LR px of context that it wants round what it makes.
-        input, pixels, precision, format: how.
+        input, pixels, precision, self_ensemble, format: how.
         output: folder or prefix of all slides.
         block_px: side of a block in SR px.
         code_version: of the run; workers must not each look at their own.
@@ -61,6 +61,7 @@ class SlideTask:
     output: str
     block_px: int
     code_version: str
+    self_ensemble: bool = False
 
     @functools.cached_property
     def digest(self) -> str:
@@ -70,7 +71,9 @@ class SlideTask:
     def settings(self) -> dict[str, Any]:
         """All that decides the pixels, beside the input and the network."""
         every = asdict(self)
-        return {name: every[name] for name in ("input", "pixels", "precision", "format")}
+        settings = {name: every[name] for name in ("input", "pixels", "precision", "format")}
+        # Left out where it is off, for slides that were finished before there was a choice.
+        return settings | ({"self_ensemble": True} if self.self_ensemble else {})
 
     def provenance(self) -> dict[str, Any]:
         """What the output says of its making; names of files and folders stay out of it."""

@@ -268,7 +268,9 @@ class BlockMaker:
             # On the engine's device: pooling and the reference are computed where the model lies.
             device = "cuda" if self._config.device == "cuda" else "cpu"
             model = load_model(plan.task.checkpoint, device=device, expect_scale=plan.task.scale)
-            self._engines[key] = model, make_engine(model, self._config), reference_engine(model)
+            engine = make_engine(model, self._config)
+            reference = reference_engine(model, self_ensemble=engine.self_ensemble)
+            self._engines[key] = model, engine, reference
         return self._engines[key]
 
     def _engine(self, plan: SlidePlan) -> Engine:

@@ -420,10 +420,13 @@ def test_an_exported_unit_counts_its_tiles_or_says_why_not(
         "num_digits": 4,
     }
     unit |= {"export_uri": str(tmp_path / "edsr"), "scales": [2]}
+    unit |= {"conditions": {"bicubic": {}, "rough": {"jpeg_quality": 20}}}
     table = export_unit(unit, attempt)
     assert table.schema == EXPORT_RESULT
     assert table.to_pylist() == [{"num_tiles": 2, "reason": None}]
     assert (tmp_path / "edsr" / "HR" / "0008.png").is_file()
+    assert (tmp_path / "edsr" / "LR_bicubic" / "X2" / "0008x2.png").is_file()
+    assert (tmp_path / "edsr" / "LR_rough" / "X2" / "0008x2.png").is_file()
     (row,) = export_unit(unit, refuse).to_pylist()
     assert row == {"num_tiles": 0, "reason": "it took the process down"}
     Path(shard_uri(writing["output"], writing["name"])).unlink()

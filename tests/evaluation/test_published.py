@@ -19,10 +19,12 @@ from carn.models.srgan import SrganDiscriminator
 from carn.models.table import ModelName
 
 SCALES = (2, 3, 4, 8)
+# The paper's own.
+NETWORKS = [name for name in MODELS if name != "adaptive-carn"]
 
 
 def test_table_2_is_whole() -> None:
-    rows = {*MODELS, CARN_MSE, CARN_STAR}
+    rows = {*NETWORKS, CARN_MSE, CARN_STAR}
     assert set(TABLE_2) == {(model, scale) for model in rows for scale in SCALES}
     for model in rows:
         psnrs = [TABLE_2[model, scale][0] for scale in SCALES]
@@ -34,7 +36,7 @@ def test_table_2_is_whole() -> None:
 def test_table_2_says_what_the_paper_says() -> None:
     """CARN has the best PSNR of the trained models at each scale, bicubic the worst."""
     for scale in SCALES:
-        by_psnr = sorted(MODELS, key=lambda model: TABLE_2[model, scale][0])
+        by_psnr = sorted(NETWORKS, key=lambda model: TABLE_2[model, scale][0])
         assert by_psnr[0] == "bicubic"
         assert by_psnr[-1] == "carn"
         assert 0 < TABLE_2["carn", scale][0] - TABLE_2[CARN_MSE, scale][0] < 0.1
@@ -60,7 +62,7 @@ def test_table_1_is_what_the_models_have() -> None:
     }
     assert found.pop("carn") == pytest.approx(TABLE_1["carn"] - 0.010, abs=1e-3)  # the misprint
     assert found == pytest.approx({key: TABLE_1[key] for key in found}, abs=1e-3)
-    assert {*found, "carn", "bicubic"} == {*TABLE_1, "bicubic"} == set(MODELS)
+    assert {*found, "carn", "bicubic"} == {*TABLE_1, "bicubic"} == set(NETWORKS)
 
 
 def test_tables_3_to_5_are_whole() -> None:
@@ -68,7 +70,7 @@ def test_tables_3_to_5_are_whole() -> None:
     assert list(TABLE_3.values()) == sorted(TABLE_3.values())
     assert [r for c, r in TABLE_4 if c == 64] == [2, 4, 8, 16, 32]
     assert [r for c, r in TABLE_4 if c == 128] == [4, 12, 16, 32, 64]
-    assert set(TABLE_5) == {"gt", "lr", *MODELS}
+    assert set(TABLE_5) == {"gt", "lr", *NETWORKS}
     for place in (0, 1):
         by_accuracy = sorted(TABLE_5, key=lambda kind: TABLE_5[kind][place])
         assert by_accuracy[0] == "lr"

@@ -13,6 +13,8 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor, nn
 
 from carn.degradation.bicubic import degrade
+from carn.degradation.conditions import CONDITIONS, apply_condition
+from carn.degradation.scanner import Degradation
 from carn.errors import CarnError
 from carn.evaluation.lpips import Lpips
 from carn.evaluation.scoring import (
@@ -117,6 +119,38 @@ def test_the_papers_x3_was_misaligned(shared_data: Path) -> None:
         found[scale, protocol] = summarize_seeds([table]).psnr_db
     assert 0 < found[3, "misaligned"] - found[4, "aligned"] < 1.5
     assert found[3, "aligned"] - found[4, "aligned"] > 1.9
+
+
+def test_lr_of_a_condition_is_of_the_cropped_tile(tissue: np.ndarray) -> None:
+    hr, way = tissue[:65, :47], CONDITIONS["scanned-jpeg80"]
+    lr, target = pair(hr, scale=3, protocol="aligned", way=way, tile="a")
+    assert np.array_equal(target, hr[:63, :45])
+    assert np.array_equal(lr, apply_condition(hr[:63, :45], way, scale=3, tile="a"))
+    assert not np.array_equal(lr, degrade(hr, scale=3))
+    with pytest.raises(ValueError, match="'misaligned' goes with bicubic interpolation alone"):
+        pair(hr, scale=3, protocol="misaligned", way=way)
+
+
+def test_scores_are_of_the_conditions_lr(tissue: np.ndarray) -> None:
+    hr = tissue[:64, :64]
+    model = build_model("bicubic", scale=2)
+
+    def score(way: Degradation, tile_id: str = "a") -> dict[str, Any]:
+        row = ROW | {"tile_id": tile_id}
+        return score_tile(model, row, hr, scale=2, protocol="aligned", way=way)
+
+    plain = score_tile(model, ROW | {"tile_id": "a"}, hr, scale=2, protocol="aligned")
+    assert score(Degradation()) == plain
+    found = {name: score(way)["psnr_db"] for name, way in CONDITIONS.items()}
+    assert len(set(found.values())) == len(CONDITIONS)
+    assert found["jpeg80-420"] < found["jpeg90-420"] < found["bicubic"] == plain["psnr_db"]
+    # Noise is drawn by the tile's id.
+    noisy = Degradation(noise_levels=4.0)
+    assert score(noisy)["psnr_db"] == score(noisy)["psnr_db"] != score(noisy, "b")["psnr_db"]
+    (row,) = score_tiles(
+        model, [(ROW | {"tile_id": "b"}, hr)], scale=2, protocol="aligned", way=noisy
+    ).to_pylist()
+    assert row == score(noisy, "b")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from carn.bcsr.dataset import BcsrDataset, open_dataset
+from carn.degradation.conditions import CONDITIONS
+from carn.degradation.scanner import Degradation
 from carn.errors import CheckpointError
 from carn.evaluation.published import CARN_MSE, row_of
 from carn.evaluation.scoring import SCORES
@@ -448,6 +450,25 @@ def test_scores_are_kept_by_what_decides_them(tmp_path: Path) -> None:
     assert read_scores(uri) is None
 
 
+def test_each_condition_has_scores_of_its_own(tmp_path: Path) -> None:
+    dataset = open_dataset(write_dataset(tmp_path / "bcsr", num_tiles=(4, 2, 3)))
+    (part,) = stretches(3, max_tiles=None)
+    plain = measure_of(dataset.uri)
+    digests = {replace(plain, way=way).digest("a") for way in CONDITIONS.values()}
+    assert len(digests) == len(CONDITIONS)
+    assert plain.digest("a") == replace(plain, way=Degradation()).digest("a")
+    noisier = replace(CONDITIONS["scanned-jpeg80"], noise_levels=1.6)
+    assert replace(plain, way=noisier).digest("a") not in digests
+    found = {
+        name: score_stretch(
+            bicubic(2), dataset, part, measure=replace(plain, way=way), device="cpu"
+        )
+        for name, way in CONDITIONS.items()
+    }
+    assert len(set(found.values())) == len(CONDITIONS)
+    assert found["bicubic"] == score_stretch(bicubic(2), dataset, part, measure=plain, device="cpu")
+
+
 @pytest.fixture
 def entrants(tmp_path: Path) -> list[Entrant]:
     uris = [write_run(str(tmp_path / f"r{seed}"), seed=seed) for seed in (1, 7)]
@@ -497,3 +518,109 @@ def test_the_tables_are_written(entrants: list[Entrant], tmp_path: Path) -> None
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rows"][0]["psnr_db"] == pytest.approx(32.0)
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+
+
+# ------------------------------------------------------------------------------------- conditions
+
+TWO = {"bicubic": Degradation(), "hard": Degradation(jpeg_quality=30)}
+
+
+@pytest.fixture
+def under_two(entrants: list[Entrant], tmp_path: Path) -> tuple[str, Path]:
+    """(what was said, where it was written) of two seeds, another training, and bicubic.
+
+    Four tiles of two slides; the second seed has no scores under the second condition.
+    """
+    first = ([33.0, 32, 31, 33], [32.0, 34, 33, 35], [29.0, 29, 29, 29], [28.0, 28, 28, 28])
+    second = ([27.0, 24, 26, 26], None, [25.0, 25, 25, 25], [25.0, 25, 25, 25])
+    hard = {
+        entrant: table_of(psnrs)
+        for entrant, psnrs in zip(entrants, second, strict=True)
+        if psnrs is not None
+    }
+    scored = group_seeds(
+        list(zip(entrants, map(table_of, first), strict=True)), under={"hard": hard}
+    )
+    star = group_seeds([(entrants[0], table_of([20.0, 21, 22, 23]))], is_star=True)
+    out = tmp_path / "out"
+    said = write_evaluation(
+        str(out),
+        scored=scored + star,
+        timings=[],
+        crops=[],
+        facts=FACTS,
+        failures=[],
+        conditions=TWO,
+    )
+    return said, out
+
+
+def test_gains_are_over_interpolation_of_the_same_lr(under_two: tuple[str, Path]) -> None:
+    said, out = under_two
+    rows = list(csv.DictReader((out / "conditions.csv").read_text().splitlines()))
+    assert [(row["key"], row["condition"], row["num_seeds"]) for row in rows] == [
+        ("bicubic", "bicubic", "0"),
+        ("bicubic", "hard", "0"),
+        ("carn", "bicubic", "2"),
+        ("carn", "hard", "1"),
+        ("carn", "bicubic", "1"),
+        ("carn", "hard", "1"),
+    ]
+    names = ("psnr_db", "gain_db", "ssim_gain", "least_gain_db", "least_slide_gain_db")
+    numbers = [[row[name] and float(row[name]) for name in names] for row in rows]
+    assert numbers[0] == [28.0, "", "", "", ""]
+    assert numbers[1] == [25.0, "", "", "", ""]
+    # Of both seeds: 32.5, 33, 32, 34 over 28.
+    assert numbers[2] == [32.875, 4.875, 0.0, 4.0, 4.75]
+    # 27, 24 of one slide and 26, 26 of the other, over 25.
+    assert numbers[3] == [25.75, 0.75, 0.0, -1.0, 0.5]
+    assert numbers[5] == [25.0, 0.0, 0.0, 0.0, 0.0]
+    assert {(row["num_images"], row["num_slides"]) for row in rows} == {("4", "2")}
+    assert {row["scale"] for row in rows} == {"2"}
+    (line,) = (x for x in said.splitlines() if "learning_rate=0.0001" in x and "hard" in x)
+    assert line.endswith("bicubic +4.88, hard +0.75")
+
+
+def test_every_score_says_its_condition(under_two: tuple[str, Path]) -> None:
+    _, out = under_two
+    rows = pq.read_table(out / "scores.parquet").to_pylist()
+    assert [row["condition"] for row in rows].count("hard") == 3 * 4
+    # Those of CARN* as well.
+    assert [row["condition"] for row in rows].count("bicubic") == 5 * 4
+    (one,) = {
+        row["psnr_db"]
+        for row in rows
+        if (row["condition"], row["key"], row["tile_id"]) == ("hard", "bicubic", "t1")
+    }
+    assert one == 25.0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [item["name"] for item in summary["conditions"]] == ["bicubic", "hard"]
+    assert summary["conditions"][1]["jpeg_quality"] == 30
+    assert summary["conditions"][1]["words"].endswith("JPEG quality 30, 4:2:0")
+    assert [row["gain_db"] for row in summary["condition_rows"]] == [None, None, 4.875, 0.75, 1, 0]
+
+
+def test_tables_are_of_the_first_condition(
+    under_two: tuple[str, Path], entrants: list[Entrant], tmp_path: Path
+) -> None:
+    """And are what they are without any other."""
+    said, out = under_two
+    first = ([33.0, 32, 31, 33], [32.0, 34, 33, 35], [29.0, 29, 29, 29], [28.0, 28, 28, 28])
+    scored = group_seeds(list(zip(entrants, map(table_of, first), strict=True)))
+    star = group_seeds([(entrants[0], table_of([20.0, 21, 22, 23]))], is_star=True)
+    alone = write_evaluation(
+        str(tmp_path / "alone"),
+        scored=scored + star,
+        timings=[],
+        crops=[],
+        facts=FACTS,
+        failures=[],
+    )
+    for name in ("table2.csv", "significance.csv", "timings.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert "hard" in said
+    assert "same LR" not in alone
+    assert 'id="conditions"' in (out / "report.html").read_text()
+    assert 'id="conditions"' not in (tmp_path / "alone" / "report.html").read_text()
+    rows = csv.DictReader((tmp_path / "alone" / "conditions.csv").read_text().splitlines())
+    assert [row["condition"] for row in rows] == ["bicubic"] * 3

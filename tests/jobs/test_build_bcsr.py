@@ -18,6 +18,7 @@ from carn.bcsr.config import DrawConfig, FilterConfig, SelectConfig
 from carn.bcsr.dataset import open_dataset
 from carn.bcsr.stages import measure_unit
 from carn.degradation.bicubic import degrade
+from carn.degradation.jpeg import through_jpeg
 from carn.errors import CoordinateError, DatasetError, MissingObjectError, StorageError
 from carn.slides import open_slide
 from carn.slides.pyramid import write_pyramid
@@ -353,6 +354,25 @@ def test_export_and_import_in_the_published_layout(
             np.testing.assert_array_equal(np.asarray(Image.open(path)), degrade(hr, scale=scale))
     with pytest.raises(DatasetError, match="other scales"):
         main(make_job(slides, output, export="edsr", export_scales=(4,)))
+    # A finished export of one condition is not taken for one of another.
+    other: dict[str, object] = {"export": "edsr", "export_scales": (2, 3)}
+    other |= {"export_conditions": ("jpeg80-420",)}
+    with pytest.raises(DatasetError, match="other scales or conditions"):
+        main(make_job(slides, output, **other))
+    shutil.move(output / "edsr", tmp_path / "plain")
+    assert main(make_job(slides, output, **other)) == 0
+    folders = sorted(path.name for path in (output / "edsr").iterdir())
+    assert folders == ["HR", "LR_jpeg80-420", "export.json"]
+    marked = (output / "edsr" / "export.json").stat().st_mtime_ns
+    assert main(make_job(slides, output, **other)) == 0  # it is there
+    assert (output / "edsr" / "export.json").stat().st_mtime_ns == marked
+    place = output / "edsr" / "LR_jpeg80-420" / "X2" / "0037x2.png"
+    made = through_jpeg(degrade(tiles[36], scale=2), quality=80)
+    np.testing.assert_array_equal(np.asarray(Image.open(place)), made)
+    with pytest.raises(ValueError, match="condition 'jpeg80' is not one of"):
+        main(make_job(slides, output, export="edsr", export_conditions=("jpeg80",)))
+    shutil.rmtree(output / "edsr")
+    shutil.move(tmp_path / "plain", output / "edsr")
 
     # Interrupted, by another selection: nothing of it may stay among the new images.
     (output / "edsr" / "export.json").rename(output / "edsr" / "export.begun.json")
@@ -439,6 +459,7 @@ def test_on_object_storage(built: Path, slides: Path, ray_here_s3: str) -> None:
         ({"csv_anchor": "corner"}, "none are given"),
         ({"coordinates": ("a.csv",)}, "--csv-anchor"),
         ({"export_scales": (2, 5)}, r"\[5\]"),
+        ({"export_conditions": ()}, "export_conditions names none"),
         ({"seed": -1}, "seed=-1"),
         ({"slides": ("/lab/slides",), "output": "/lab/slides"}, "lies in /lab/slides"),
         ({"slides": ("/lab/slides",), "output": "/lab/slides/out"}, "lies in /lab/slides"),

@@ -1,5 +1,6 @@
 """The evaluation as a job: tables and a page, what is kept, what is refused."""
 
+import csv
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 
-from carn.errors import CheckpointError, DatasetError
+from carn.degradation.conditions import CONDITIONS
+from carn.errors import CheckpointError, DatasetError, StorageError
 from carn.evaluation.study import read_took
 from jobs import evaluate
 from jobs.evaluate import (
@@ -97,6 +100,101 @@ def test_scores_crops_and_timings_and_nothing_twice(
     assert len(after) == len(kept) + 3
     seeds = [row["seeds"] for row in summary_of(lab)["rows"]]  # type: ignore[attr-defined]
     assert seeds == [[], [1, 7], [], [1, 7]]
+
+
+def test_conditions_are_scored_beside_each_other_and_kept(
+    lab: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kept() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in (lab / "out" / "scores").iterdir()}
+
+    def table_of(output: str = "out") -> list[dict[str, str]]:
+        text = (lab / output / "conditions.csv").read_text()
+        return list(csv.DictReader(text.splitlines()))
+
+    assert main(make_job(lab)) == 0
+    assert "same LR" not in capsys.readouterr().out
+    plain, first = kept(), (lab / "out" / "table2.csv").read_bytes()
+    assert [(row["key"], row["condition"]) for row in table_of()] == [
+        ("bicubic", "bicubic"),
+        ("carn", "bicubic"),
+    ]
+    assert "tiles and crops are of" not in (lab / "out" / "report.html").read_text()
+
+    (lab / "mine.yaml").write_text("mine: {noise_levels: 5}\nplain: {}")
+    names = ("bicubic", "jpeg80-420", str(lab / "mine.yaml"))
+    assert main(make_job(lab, score=ScoreConfig(conditions=names))) == 0
+    assert "bicubic interpolation of the same LR" in capsys.readouterr().out
+    # What was made stays, and what is bicubic by another name is not made again.
+    both = kept()
+    assert plain.items() <= both.items()
+    assert len(plain) == 2 * 2
+    assert len(both) == 3 * len(plain)
+    assert (lab / "out" / "table2.csv").read_bytes() == first
+    rows = {(row["key"], row["condition"]): row for row in table_of()}
+    psnrs = {name: rows["bicubic", name]["psnr_db"] for name in ("bicubic", "jpeg80-420", "mine")}
+    assert len(set(psnrs.values())) == 3
+    assert {**rows["carn", "plain"], "condition": "bicubic"} == rows["carn", "bicubic"]
+    page = (lab / "out" / "report.html").read_text()
+    assert "crops are of bicubic LR. How the models do on other LR" in page
+    scores = pq.read_table(lab / "out" / "scores.parquet").to_pylist()
+    assert len(scores) == 2 * 4 * 10
+
+    # Again, and in another order: nothing is scored, and the tables are of the first.
+    turned = (names[1], names[2], names[0])
+    assert main(make_job(lab, score=ScoreConfig(conditions=turned))) == 0
+    assert kept() == both
+    (row, _) = csv.DictReader((lab / "out" / "table2.csv").read_text().splitlines())
+    assert row["psnr_db"] == psnrs["jpeg80-420"] != psnrs["bicubic"]
+    page = (lab / "out" / "report.html").read_text()
+    way = "bicubic interpolation, JPEG quality 80, 4:2:0"
+    assert f"crops are of LR made as jpeg80-420 ({way})." in page
+    assert "numbers are of bicubic LR" in page
+
+    # A lost part is made again, alone, and to the same bytes.
+    lost = sorted(both.keys() - plain.keys())[0]
+    content = (lab / "out" / "scores" / lost).read_bytes()
+    (lab / "out" / "scores" / lost).unlink()
+    before = table_of()
+    assert main(make_job(lab, score=ScoreConfig(conditions=turned))) == 0
+    assert (lab / "out" / "scores" / lost).read_bytes() == content
+    assert {name for name, at in kept().items() if both[name] != at} == {lost}
+    assert table_of() == before
+
+    # A way that changes under its name is another.
+    (lab / "mine.yaml").write_text("mine: {noise_levels: 6}")
+    assert main(make_job(lab, score=ScoreConfig(conditions=(names[2],)))) == 0
+    assert len(kept()) == len(both) + len(plain)
+    assert table_of()[0]["psnr_db"] < psnrs["mine"]
+
+
+def test_conditions_that_cannot_be_are_said_before_anything_starts(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "start_ray", lambda: pytest.fail("Ray was started"))
+    (lab / "wrong.yaml").write_text("mine: {blur: 1}")
+    for names, said in (
+        (("jpeg80",), "'jpeg80' is not one of bicubic, mean"),
+        (("mean", "mean"), "'mean' is there twice"),
+        ((str(lab / "wrong.yaml"),), "condition 'mine': .* its fields are blur_px"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            main(make_job(lab, score=ScoreConfig(conditions=names)))
+    with pytest.raises(StorageError, match=r"gone\.yaml"):
+        main(make_job(lab, score=ScoreConfig(conditions=(str(lab / "gone.yaml"),))))
+    with pytest.raises(ValueError, match="conditions names none"):
+        ScoreConfig(conditions=())
+    for names in (("mean",), ("bicubic", "mean"), ("all",)):
+        with pytest.raises(ValueError, match="goes with the bicubic condition alone, not with"):
+            ScoreConfig(protocol="misaligned", conditions=names)
+    ScoreConfig(protocol="misaligned")
+    assert not (lab / "out").exists()
+    evaluation = Evaluation(make_job(lab, score=ScoreConfig(conditions=("mean", "all"))))
+    evaluation.prepare()
+    assert list(evaluation.conditions) == ["mean", *(n for n in CONDITIONS if n != "mean")]
+    parts = evaluation._scoring()
+    assert len({part.uri for part in parts}) == len(parts) == 2 * 2 * len(CONDITIONS)
+    assert {part.name.partition(" under ")[2] for part in parts} == set(CONDITIONS)
 
 
 def test_a_damaged_checkpoint_costs_its_own_row_only(

@@ -16,12 +16,14 @@ import openslide
 import pyarrow as pa
 import pytest
 import tifffile
+import tyro
 
 from carn import storage
 from carn.errors import CheckpointError, StorageError
 from carn.report.sr_records import SlideSummary
 from carn.slides import open_slide
 from carn.slides.slide_output import SlideFormat
+from carn.upscaling.engine import EngineConfig
 from carn.upscaling.lr_view import InputConfig
 from carn.upscaling.outbox import SlideClaims
 from carn.upscaling.task import SlidePlan
@@ -170,6 +172,31 @@ def test_another_checkpoint_does_not_replace_what_is_there_unless_told_to(lab: P
     assert sha256_of(lab / "sr" / "Case_1.tif") != before
     # What was finished with the first checkpoint is no longer taken for finished.
     assert main(make_sr_job(lab, lab / "sr", slides=one(lab))) == 1
+
+
+def test_self_ensemble_reaches_workers_notes_and_report_and_parts_slides(lab: Path) -> None:
+    out = lab / "sr"
+    engine = EngineConfig(device="cpu", num_threads=1, self_ensemble=True)
+    assert main(make_sr_job(lab, out, slides=one(lab), engine=engine)) == 0
+    notes = json.loads((out / "Case_1.json").read_text())
+    assert notes["settings"]["self_ensemble"] is True
+    assert "self-ensemble" in notes["engine"]
+    assert last_summary(out)["self_ensemble"] is True
+    before = sha256_of(out / "Case_1.tif")
+    assert main(make_sr_job(lab, out, slides=one(lab), engine=engine)) == 0
+    assert statuses(out) == {"Case_1": "skipped"}
+    assert main(make_sr_job(lab, out, slides=one(lab))) == 1
+    assert statuses(out) == {"Case_1": "conflict"}
+    assert main(make_sr_job(lab, out, slides=one(lab), run={"overwrite": True})) == 0
+    assert sha256_of(out / "Case_1.tif") != before
+    assert last_summary(out)["self_ensemble"] is False
+
+
+def test_self_ensemble_is_asked_for_on_the_command_line() -> None:
+    words = ["--slides", "inbox", "--output", "sr"]
+    for more, is_asked in (([], False), (["--self-ensemble"], True)):
+        job = tyro.cli(SuperResolveJob, args=[*words, *more], config=(tyro.conf.OmitArgPrefixes,))
+        assert job.engine.self_ensemble is is_asked
 
 
 def one(lab: Path) -> tuple[str, ...]:

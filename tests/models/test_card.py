@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from carn.degradation.bicubic import degrade
+from carn.degradation.conditions import CONDITIONS, apply_condition
 from carn.errors import CheckpointError, DatasetError
 from carn.metrics import to_uint8
 from carn.models.bicubic import Bicubic, BicubicConfig
@@ -69,6 +70,49 @@ def test_a_table_has_a_row_for_each_source_and_network() -> None:
         "| validation field | 1 | carn-x2 | 35.50 | 0.8875 | +0.50 | +0.50 to +0.50 |  |",
         "| validation field | 1 | edsr | 35.00 | 0.8750 | +0.00 | +0.00 to +0.00 |  |",
     ]
+
+
+def test_several_conditions_are_columns() -> None:
+    """Of each, PSNR of bicubic interpolation and gains over it; mean over the images."""
+    worse = [
+        row | {"condition": "jpeg80-420", "psnr_db": row["psnr_db"] - 4 - (row["key"] == "carn")}
+        for row in rows_of()
+    ]
+    plain = [row | {"condition": "bicubic"} for row in rows_of()]
+    # The order is the evaluation's.
+    scores = read_scores([*plain, *worse], "carn-x2")
+    assert scores_table(scores).splitlines() == [
+        "| source | images | network | bicubic | jpeg80-420 |",
+        "|---|---|---|---|---|",
+        "| test lab-a | 3 | bicubic, PSNR in dB | 30.00 | 26.00 |",
+        "| test lab-a | 3 | carn-x2, gain in dB | +3.00 | +2.00 |",
+        "| test lab-a | 3 | edsr, gain in dB | +2.00 | +2.00 |",
+        "| validation field | 1 | bicubic, PSNR in dB | 35.00 | 31.00 |",
+        "| validation field | 1 | carn-x2, gain in dB | +0.50 | -0.50 |",
+        "| validation field | 1 | edsr, gain in dB | +0.00 | +0.00 |",
+    ]
+    turned = scores_table(read_scores([*worse, *plain], "carn-x2"))
+    assert turned.startswith("| source | images | network | jpeg80-420 | bicubic |")
+    # One condition is the table as it was, whatever it is called.
+    assert scores_table(read_scores(plain, "carn-x2")) == scores_table(
+        read_scores(rows_of(), "carn-x2")
+    )
+    kept = [row for row in worse if row["key"] != "bicubic"]
+    with pytest.raises(DatasetError, match="no scores of bicubic under jpeg80-420"):
+        read_scores([*plain, *kept], "carn-x2")
+
+
+def test_the_typical_image_is_the_conditions() -> None:
+    other = {"3_test_lab-a_one": 2.0, "3_test_lab-a_two": 0.5, "3_test_lab-a_three": 0.0}
+    rows = [row | {"condition": "bicubic"} for row in rows_of()] + [
+        row | {"condition": "mean", "psnr_db": other[row["slide"]] if row["key"] == "carn" else 0.0}
+        for row in rows_of()
+        if row["slide"] in other
+    ]
+    scores = read_scores(rows, "carn-x2")
+    typical = typical_images(scores, "carn-x2", condition="mean")
+    assert typical == {"test lab-a": "3_test_lab-a_two"}
+    assert typical_images(scores, "carn-x2")["test lab-a"] == "3_test_lab-a_one"
 
 
 def test_one_of_the_same_kind_is_another_network() -> None:
@@ -141,6 +185,33 @@ def test_crops_stand_side_by_side(name: str, images: Path) -> None:
         np.testing.assert_array_equal(shown, pixels[y : y + CROP_PX, x : x + CROP_PX])
 
 
+def test_crops_of_another_condition(images: Path) -> None:
+    name, condition = "carn-x2", "scanned-jpeg80"
+    way = CONDITIONS[condition]
+    scores = read_scores(
+        [row | {"condition": c} for c in ("bicubic", condition) for row in rows_of(name)], name
+    )
+    plain = np.asarray(crops_figure(name, images, scores))
+    figure = np.asarray(crops_figure(name, images, scores, condition=condition, way=way))
+    assert figure.shape == plain.shape
+    with Image.open(images / "test" / "lab-a" / "3_test_lab-a_one.png") as opened:
+        hr = np.asarray(opened)[:132, :134]
+    # The very LR that was scored: noise is drawn by the tile's name.
+    lr = apply_condition(hr, way, scale=2, tile="3_test_lab-a_one_0_0")
+    batch = torch.from_numpy(lr.copy()).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        network = to_uint8(load_model(name)(batch))[0].permute(1, 2, 0).numpy()
+    y, x = most_detailed(hr)
+    side, gap, title = CROP_PX * ZOOM, 8, 22
+    for column, pixels in ((1, network), (2, hr)):
+        left = gap + column * (side + gap)
+        shown = figure[2 * title : 2 * title + side : ZOOM, left : left + side : ZOOM]
+        np.testing.assert_array_equal(shown, pixels[y : y + CROP_PX, x : x + CROP_PX])
+    assert (figure[:title, : side + gap] != plain[:title, : side + gap]).any()  # it says so
+    with pytest.raises(DatasetError, match="no scores of carn-x2 under mean; name one of bicubic,"):
+        crops_figure(name, images, scores, condition="mean", way=CONDITIONS["mean"])
+
+
 def test_images_that_cannot_be_shown(images: Path) -> None:
     scores = read_scores(rows_of(), "carn-x2")
     with pytest.raises(DatasetError, match="no test images"):
@@ -172,3 +243,32 @@ def test_on_the_command_line(
         monkeypatch.setattr("sys.argv", [*words, "--figure", str(tmp_path / figure)])
         assert program.cli() == 2
         assert "must be a .png in a folder that there is" in capsys.readouterr().err
+
+
+def test_conditions_on_the_command_line(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [row | {"condition": c} for c in ("bicubic", "mean", "mine") for row in rows_of()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "scores.parquet")
+    (tmp_path / "mine.yaml").write_text("mine: {blur_px: 2}")
+    (tmp_path / "two.yaml").write_text("mine: {blur_px: 2}\nother: {blur_px: 3}")
+    words = ["shipped", "card", "carn-x2", "--images", str(images), "--evaluation", str(tmp_path)]
+    drawn = {}
+    for condition in ("bicubic", "mean", str(tmp_path / "mine.yaml")):
+        figure = tmp_path / "figure.png"
+        monkeypatch.setattr("sys.argv", [*words, "--figure", f"{figure}", "--condition", condition])
+        assert program.cli() == 0
+        assert "| source | images | network | bicubic | mean | mine |" in capsys.readouterr().out
+        drawn[condition] = figure.read_bytes()
+    assert len(set(drawn.values())) == 3
+    for condition, said in (
+        ("jpeg80-420", "no scores of carn-x2 under jpeg80-420; name one of bicubic, mean, mine"),
+        ("jpeg", "'jpeg' is not one of"),
+        (str(tmp_path / "two.yaml"), "two.yaml is mine, other; the crops show one"),
+    ):
+        monkeypatch.setattr("sys.argv", [*words, "--figure", f"{figure}", "--condition", condition])
+        assert program.cli() == 2
+        assert said in capsys.readouterr().err

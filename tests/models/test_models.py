@@ -23,6 +23,7 @@ SHALLOW: dict[str, dict[str, int]] = {
     "rcan": {"num_groups": 2},
     "swdnet": {"num_blocks": 1},
     "carn": {"num_blocks": 2},
+    "adaptive-carn": {"num_blocks": 2},
 }
 
 

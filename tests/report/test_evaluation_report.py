@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from carn.report.evaluation_report import (
     Comparison,
+    ConditionRow,
     CropStrip,
     EvaluationReport,
     ModelRow,
@@ -22,6 +23,7 @@ from carn.report.evaluation_report import (
     format_seconds,
     format_with_spread,
     list_blocks,
+    list_condition_tables,
     list_forests,
     list_time_plots,
     measure_gains,
@@ -139,6 +141,27 @@ ROWS = (
 )
 
 
+def under(
+    condition: str, gain: float | None = None, *, model: str = "CARN", **changes: object
+) -> ConditionRow:
+    made = ConditionRow(
+        scale=2,
+        model="bicubic" if gain is None else model,
+        key="bicubic" if gain is None else "carn",
+        condition=condition,
+        num_seeds=0 if gain is None else 3,
+        psnr_db=33.0 + (gain or 0.0),
+        ssim=0.9 + (gain or 0.0) / 100,
+        gain_db=gain,
+        ssim_gain=None if gain is None else gain / 100,
+        num_images=200,
+        num_slides=41,
+        least_gain_db=None if gain is None else gain - 0.5,
+        least_slide_gain_db=None if gain is None else gain - 0.25,
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
 def full(**changes: object) -> EvaluationReport:
     report = EvaluationReport(
         title="Evaluation",
@@ -160,6 +183,14 @@ def full(**changes: object) -> EvaluationReport:
     return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
 
 
+CONDITIONS = {
+    "conditions": (("bicubic", "by interpolation"), ("jpeg", "JPEG quality 80")),
+    "condition_rows": (
+        *(under("bicubic"), under("jpeg")),
+        *(under("bicubic", 3.0), under("jpeg", -0.125)),
+        *(under("bicubic", 2.5, model="EDSR"), under("jpeg", 0.125, model="EDSR")),
+    ),
+}
 EMPTY = full(rows=(), comparisons=(), timings=(), crops=(), notes=(), spread=())
 LOST = full(
     rows=(row("bicubic", INF), row("EDSR", NAN, psnr_std=NAN), row("CARN", NAN, steps=None)),
@@ -183,8 +214,11 @@ def texts(report: EvaluationReport, kind: str | None = None) -> list[str]:
 
 @pytest.mark.parametrize(
     "report",
-    [full(), EMPTY, LOST, MANY, full(rows=ROWS[2:3]), full(rows=ROWS[:1])],
-    ids=["full", "empty", "lost", "many", "one model", "only bicubic"],
+    [
+        *(full(), EMPTY, LOST, MANY, full(rows=ROWS[2:3]), full(rows=ROWS[:1])),
+        full(**CONDITIONS),
+    ],
+    ids=["full", "empty", "lost", "many", "one model", "only bicubic", "conditions"],
 )
 def test_page_is_well_formed_and_reaches_for_nothing(report: EvaluationReport) -> None:
     html = render(report)
@@ -229,6 +263,8 @@ def test_names_of_any_kind_are_plain_text(name: str) -> None:
         timings=(timing(name, device=name),),
         crops=(strip(tile_id=name, slide=name, pictures=((name, png(), 30.0),)),),
         spread=((name, (1.0, 2.0)),),
+        conditions=((name, name), ("other", "words")),
+        condition_rows=(under(name, 2.0, model=name),),
     )
     parsed = Page(render(report))  # which refuses script elements
     assert parsed.text.count(" ".join(name.split())) >= 12
@@ -255,6 +291,63 @@ def test_numbers_appear() -> None:
         "2 h 01 min",
     ):
         assert part in text, part
+
+
+# ------------------------------------------------------------------------------------- conditions
+
+
+def test_conditions_are_a_table_of_gains() -> None:
+    html = render(full(**CONDITIONS))
+    text = Page(html).text
+    for part in (
+        "model bicubic jpeg bicubic 33.00 dB 0.9000 33.00 dB 0.9000",
+        "CARN +3.00 36.00 dB 0.9300 slide +2.75 ▼ −0.12 32.88 dB 0.8988 slide ▼ −0.38",
+        "EDSR +2.50 35.50 dB 0.9250 slide +2.25 +0.12 33.12 dB 0.9012 slide ▼ −0.12",
+        "bicubic by interpolation jpeg JPEG quality 80",
+    ):
+        assert part in text, part
+    assert "gain in SSIM −0.0013; least gain of a tile −0.62 dB" in html
+    # A gain below 0 is marked, and only that; of each column the most is bold.
+    section = html.partition('<section id="conditions">')[2].partition("</section>")[0]
+    cells = re.findall(r'<td class="number( worse)?"><abbr[^>]*>(?:<b>)?([^<]*)', section)
+    assert [(bool(worse), words) for worse, words in cells] == [
+        *((False, "+3.00"), (True, "▼ −0.12")),
+        *((False, "+2.50"), (False, "+0.12")),
+    ]
+    assert re.findall(r"<b>([^<]*)</b>", section) == ["+3.00", "+0.12"]
+
+
+def test_one_condition_needs_no_table() -> None:
+    one = {name: values[:1] for name, values in CONDITIONS.items()}
+    assert render(full(**one)) == render(full())
+    assert 'href="#conditions"' not in render(full())
+    assert 'href="#conditions"' in render(full(**CONDITIONS))
+
+
+def test_scales_have_tables_of_their_own_and_gaps_are_dashes() -> None:
+    rows = (*CONDITIONS["condition_rows"][:3], under("jpeg", 0.0, scale=4))
+    report = full(**CONDITIONS | {"condition_rows": rows})
+    two, four = list_condition_tables(report)
+    assert [(model, len(cells)) for model, cells in two.rows] == [("bicubic", 2), ("CARN", 2)]
+    assert two.rows[1][1][1] is None
+    assert [model for model, _ in four.rows] == ["CARN"]
+    (empty, cell) = four.rows[0][1]
+    assert empty is None
+    # No gain is no loss, and one model has nothing to be better than.
+    assert cell is not None
+    assert (cell.is_best, cell.is_worse, cell.is_slide_worse) == (False, False, True)
+    assert "CARN +3.00 36.00 dB 0.9300 slide +2.75 –" in Page(render(report)).text
+
+
+def test_what_is_worse_than_interpolation_is_said_on_top() -> None:
+    (said,) = texts(full(**CONDITIONS), "bad")
+    assert said == (
+        "Worse than bicubic interpolation of the same LR: CARN ×2 under jpeg (−0.12 dB)."
+    )
+    better = tuple(row for row in CONDITIONS["condition_rows"] if (row.gain_db or 0) >= 0)
+    assert not texts(full(**CONDITIONS | {"condition_rows": better}), "bad")
+    # With one condition the verdict of the scale says it.
+    assert not texts(full(condition_rows=CONDITIONS["condition_rows"]), "bad")
 
 
 # ---------------------------------------------------------------------------------------- notices

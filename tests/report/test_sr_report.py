@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 from typing import Any
 
@@ -33,6 +34,7 @@ from carn.report.sr_report import (
     format_mpp,
     judge_run,
     judge_seam,
+    list_facts,
     list_seams,
     measure_stages,
     order_slides,
@@ -151,6 +153,19 @@ def test_page_reaches_for_nothing_outside_and_is_the_same_each_time() -> None:
     assert all(href.startswith("#") for href in parsed.attributes("href"))
     assert not re.search(r"https?:", html)
     assert set(re.findall(r"url\((.)", html)) <= {"#"}
+
+
+def test_the_page_says_whether_slides_are_self_ensembled() -> None:
+    assert ("Model", "carn ×2") in list_facts(run())
+    assert ("Model", "carn ×2, self-ensemble") in list_facts(run(self_ensemble=True))
+    found = run(self_ensemble=True)
+    assert RunSummary.from_json(found.to_json()) == found
+    # A run of before there was a choice.
+    content = json.loads(run().to_json())
+    del content["self_ensemble"]
+    assert RunSummary.from_json(json.dumps(content)) == run()
+    with pytest.raises(ValueError, match="where true or false belongs"):
+        RunSummary.from_json(json.dumps(content | {"self_ensemble": 1}))
 
 
 def test_what_comes_from_files_is_escaped() -> None:

@@ -36,6 +36,7 @@ TILES_PER_SHARD = 18
 # The smallest network of each name that can be trained.
 NETWORKS: dict[str, dict[str, int]] = {
     "carn": {"num_blocks": 1, "channels": 8, "reduction": 2},
+    "adaptive-carn": {"num_blocks": 1, "channels": 8, "reduction": 2},
     "edsr": {"num_blocks": 1, "channels": 8},
     "rcan": {"num_blocks": 1, "channels": 8, "reduction": 2},
     "rdn": {"num_blocks": 1, "channels": 8},

@@ -15,12 +15,12 @@ from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.errors import DatasetError
 from carn.training.data import open_training_data
 from carn.training.group import WorkerGroup
+from carn.training.patches import Batch
 from carn.training.samples import Sampler
 from carn.training.stream import READ_AHEAD, WindowReader, map_in_threads, windows_in_order
 from tests.training.lab import last_hashes, run, tiny_config, tiny_engine
 
 CPU = torch.device("cpu")
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def map_plainly(function: Callable[..., Any], units: Iterable[dict[str, Any]]) -> Iterator[Any]:
@@ -51,8 +51,12 @@ def batches(
 
 
 def is_same(one: list[Batch], other: list[Batch]) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+    return all(
+        torch.equal(a.lr, b.lr)
+        and torch.equal(a.hr, b.hr)
+        and (a.numbers is b.numbers is None or torch.equal(a.numbers, b.numbers))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,8 @@ def test_streamed_batches_are_those_from_memory(
     streamed = batches(dataset_uri, "stream", map_units=map_units)
     assert len(streamed) == 60
     assert is_same(streamed, in_memory)
-    for lr, hr in streamed:
+    for batch in streamed:
+        lr, hr = batch.lr, batch.hr
         assert lr.shape == (4, 3, 8, 8)
         assert hr.shape == (4, 3, 16, 16)
         assert lr.dtype == hr.dtype == torch.float32
@@ -93,10 +98,11 @@ def test_workers_shares_make_the_batch(
         batches(dataset_uri, path, group=WorkerGroup(rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
-    for step, (lr, hr) in enumerate(in_memory):
+    for step, batch in enumerate(in_memory):
+        lr, hr = batch.lr, batch.hr
         for rank in range(world_size):
-            assert torch.equal(shares[rank][step][0], lr[rank::world_size])
-            assert torch.equal(shares[rank][step][1], hr[rank::world_size])
+            assert torch.equal(shares[rank][step].lr, lr[rank::world_size])
+            assert torch.equal(shares[rank][step].hr, hr[rank::world_size])
 
 
 def test_a_streamed_run_equals_one_in_memory(dataset_uri: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tiles are decoded once a node, and patches of them are what slicing would give."""
 
+import dataclasses
 import json
 import multiprocessing
 import shutil
@@ -16,12 +17,17 @@ from carn import storage
 from carn.bcsr import dataset as dataset_module
 from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.degradation.bicubic import SCALES, crop_to_multiple, degrade
+from carn.degradation.config import DegradationConfig
+from carn.degradation.numbers import numbers_of
+from carn.degradation.variants import LrMaker
 from carn.errors import DatasetError, StorageError
 from carn.training import tiles as tiles_module
 from carn.training.patches import TileStore, cut_patches
 from carn.training.samples import Samples
 from carn.training.tiles import dataset_digest, load_tiles
 from tests.training.lab import EXTENTS, load_and_count, write_dataset
+
+SCANNED = LrMaker(config=DegradationConfig(degradation="scanner", lr_variants=3))
 
 
 @pytest.fixture
@@ -66,6 +72,30 @@ def test_the_store_holds_the_tiles_and_their_lr(
         np.testing.assert_array_equal(lr, degrade(pixels[name], scale=scale))
 
 
+def test_variants_of_a_tile_lie_in_their_order(
+    dataset: BcsrDataset, pixels: dict[str, np.ndarray]
+) -> None:
+    store = load_tiles(dataset, split="train", scale=2, maker=SCANNED)
+    for index, name in enumerate(store.tile_ids):
+        for variant in range(3):
+            lr, hr = store.pair(index, variant=variant)
+            np.testing.assert_array_equal(hr, crop_to_multiple(pixels[name], 2))
+            wanted = SCANNED.make(pixels[name], scale=2, tile=name, variant=variant)
+            np.testing.assert_array_equal(lr, wanted)
+            way = SCANNED.way(tile=name, variant=variant)
+            np.testing.assert_array_equal(store.numbers[index, variant], numbers_of(way, scale=2))
+
+
+def test_other_degradations_are_other_tiles(dataset: BcsrDataset) -> None:
+    clean = load_tiles(dataset, split="train", scale=2)
+    scanned = load_tiles(dataset, split="train", scale=2, maker=SCANNED)
+    other_seed = LrMaker(config=dataclasses.replace(SCANNED.config, lr_seed=2))
+    seeded = load_tiles(dataset, split="train", scale=2, maker=other_seed)
+    assert torch.equal(clean.hr, scanned.hr)
+    assert len(scanned.lr) == 3 * len(clean.lr)
+    assert not torch.equal(scanned.lr, seeded.lr)
+
+
 def naive_patch(
     lr: np.ndarray, hr: np.ndarray, row: dict[str, Any], *, patch_px: int, scale: int
 ) -> list[np.ndarray]:
@@ -88,12 +118,13 @@ def naive_patch(
 def test_patches_are_what_slicing_and_turning_give(
     data: Any, scale: int, dataset: BcsrDataset
 ) -> None:
-    store = load_tiles(dataset, split="train", scale=scale)
+    maker = data.draw(st.sampled_from((LrMaker(), SCANNED)))
+    store = load_tiles(dataset, split="train", scale=scale, maker=maker)
     patch_px = scale * data.draw(st.integers(1, 64 // scale // 2))
     rows = []
     for tile in data.draw(st.lists(st.integers(0, 19), min_size=1, max_size=4)):
         width, height = store.extents_px()[tile]
-        row = {"tile": tile}
+        row = {"tile": tile, "variant": data.draw(st.integers(0, maker.num_variants - 1))}
         row["top"] = data.draw(st.integers(0, (height - patch_px) // scale))
         row["left"] = data.draw(st.integers(0, (width - patch_px) // scale))
         row |= {name: data.draw(st.booleans()) for name in ("flip_x", "flip_y", "transpose")}
@@ -104,7 +135,8 @@ def test_patches_are_what_slicing_and_turning_give(
     assert hr.shape == (len(rows), 3, patch_px, patch_px)
     assert lr.dtype == hr.dtype == torch.float32
     for n, row in enumerate(rows):
-        wanted = naive_patch(*store.pair(row["tile"]), row, patch_px=patch_px, scale=scale)
+        pair = store.pair(row["tile"], variant=row["variant"])
+        wanted = naive_patch(*pair, row, patch_px=patch_px, scale=scale)
         for found, expected in zip((lr[n], hr[n]), wanted, strict=True):
             as_bytes = found.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             np.testing.assert_array_equal(as_bytes, expected)
@@ -116,7 +148,13 @@ def test_patches_keep_their_channels_together(dataset: BcsrDataset) -> None:
     zeros = np.zeros(3, dtype=np.int64)
     turns = zeros.astype(bool)
     samples = Samples(
-        tile=zeros, top=zeros, left=zeros, flip_x=turns, flip_y=turns, transpose=turns
+        tile=zeros,
+        variant=zeros,
+        top=zeros,
+        left=zeros,
+        flip_x=turns,
+        flip_y=turns,
+        transpose=turns,
     )
     for patches in cut_patches(store, samples, patch_px=16):
         assert patches.is_contiguous(memory_format=torch.channels_last)
@@ -234,16 +272,16 @@ def test_an_end_in_the_middle_of_filling_leaves_nothing_that_is_taken(
     dataset: BcsrDataset, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    original = tiles_module.degrade
+    original = tiles_module.make_lr
 
-    def degrade_some(hr: np.ndarray, *, scale: int) -> np.ndarray:
+    def make_some(*arguments: Any, **options: Any) -> list[np.ndarray]:
         nonlocal calls
         calls += 1
         if calls > 15:
             raise KeyboardInterrupt
-        return original(hr, scale=scale)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(tiles_module, "degrade", degrade_some)
+    monkeypatch.setattr(tiles_module, "make_lr", make_some)
     with pytest.raises(KeyboardInterrupt):
         load_tiles(dataset, split="train", scale=2)
     monkeypatch.setattr(tiles_module, "degrade", original)

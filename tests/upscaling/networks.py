@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from carn.models import ModelConfig, ModelName, build_model
+from carn.models.adaptive_carn import Adaptation, AdaptiveCarnConfig
 from carn.models.bicubic import BicubicConfig
 from carn.models.carn import Carb, CarnConfig
 from carn.models.edsr import EdsrConfig
@@ -24,9 +25,12 @@ SMALL: dict[ModelName, ModelConfig] = {
     "rcan": RcanConfig(num_groups=2, num_blocks=2, channels=16, reduction=4),
     "swdnet": SwdNetConfig(channels=8, num_blocks=1, wavelet_channels=8),
     "carn": CarnConfig(num_blocks=2, channels=16, reduction=4),
+    "adaptive-carn": AdaptiveCarnConfig(
+        num_blocks=2, channels=16, reduction=4, estimator_channels=8, embedding=8
+    ),
 }
-POOLING: tuple[ModelName, ...] = ("rcan", "swdnet", "carn")
-FOLDED: tuple[ModelName, ...] = ("edsr", "rdn", "rcan", "carn")
+POOLING: tuple[ModelName, ...] = ("rcan", "swdnet", "carn", "adaptive-carn")
+FOLDED: tuple[ModelName, ...] = ("edsr", "rdn", "rcan", "carn", "adaptive-carn")
 
 
 def network(name: ModelName, *, scale: int = 2, seed: int = 0) -> nn.Module:
@@ -39,6 +43,10 @@ def network(name: ModelName, *, scale: int = 2, seed: int = 0) -> nn.Module:
             _scale(gate, by=2)
         if isinstance(module, Carb):
             _scale(module.residual, by=2.5)
+        if isinstance(module, Adaptation):
+            for block in module.blocks:
+                nn.init.normal_(block.weight, std=0.3)
+                nn.init.normal_(block.bias, std=0.1)
         if isinstance(module, RCF):
             nn.init.normal_(module.context[-1].weight, std=0.3)
         if isinstance(module, nn.BatchNorm2d):

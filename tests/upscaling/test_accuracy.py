@@ -19,7 +19,7 @@ from tests.upscaling.networks import batch_of, network, tissue, window_of
 def giving(*results: np.ndarray) -> Any:
     """Stands for an engine that gives these."""
     left = iter(results)
-    return SimpleNamespace(upscale_float=lambda _window: next(left))
+    return SimpleNamespace(upscale_float=lambda _window: next(left), self_ensemble=False)
 
 
 WINDOW: Rgb = np.zeros((1, 1, 3), dtype=np.uint8)

@@ -15,6 +15,7 @@ from torch import nn
 
 from carn.degradation.bicubic import SCALES
 from carn.errors import CarnError, DamagedTileError
+from carn.models import ModelName
 from carn.models.bicubic import Bicubic, BicubicConfig, enlarge_bicubic
 from carn.slides.slide import Rgb
 from carn.upscaling import blocks, consistency
@@ -34,6 +35,7 @@ from carn.upscaling.lr_view import Box, InputConfig, LrView, open_view
 from carn.upscaling.windows import CELL_PX, TissueCells
 from tests.conftest import draw
 from tests.upscaling.lab import DrawnSlide, small_carn, small_edsr, view_of, whole
+from tests.upscaling.networks import network
 
 
 def bicubic(scale: int) -> nn.Module:
@@ -244,6 +246,23 @@ def test_windows_on_the_cells_are_one_pass_too_and_the_engine_of_production() ->
         sr, results = upscale_all(view, engine, block_px=block_px)
         assert steps(sr, expected) <= 1
         assert sum(r.num_inferred_px for r in results) == 530 * 300
+
+
+@pytest.mark.parametrize("name", ["carn", "edsr", "swdnet"])
+def test_blocks_of_a_self_ensemble_agree_wherever_they_are_cut(name: ModelName) -> None:
+    # Sides that the grid does not divide: flips begin at the end.
+    pixels = draw(75, 51)
+    view, model = view_of(pixels), network(name, scale=3)
+    settings = EngineConfig(precision="fp32", device="cpu", self_ensemble=True)
+    engine = make_engine(model, settings)
+    calibrate(view, model, engine, num_probes=0)
+    whole_sr, _ = upscale_all(view, engine, block_px=1000)
+    sr, _ = upscale_all(view, engine, block_px=100)
+    assert steps(sr, whole_sr) <= 1
+    engine = reference_engine(model)
+    calibrate(view, model, engine, num_probes=0)
+    plain, _ = upscale_all(view, engine, block_px=1000)
+    assert steps(plain, whole_sr) > 0
 
 
 def test_pooling_of_its_own_makes_blocks_disagree() -> None:

@@ -149,11 +149,20 @@ def test_the_engine_is_left_with_the_pooling_and_measured() -> None:
     np.testing.assert_array_equal(engine.upscale(window), frozen)
 
 
+def test_a_self_ensemble_is_measured_against_one() -> None:
+    model = small_carn(2)
+    settings = EngineConfig(precision="fp32", device="cpu", self_ensemble=True)
+    engine = make_engine(model, settings)
+    found = calibrate(view_of(draw(200, 180)), model, engine)
+    assert found.accuracy_db > 90
+
+
 def test_an_engine_that_is_wrong_is_found_out() -> None:
     class Wrong:
         def __init__(self, engine: Engine) -> None:
             self.engine = engine
             self.halo_px = engine.halo_px
+            self.self_ensemble = engine.self_ensemble
             self.set_pooling = engine.set_pooling
 
         def upscale(self, window: Rgb) -> Rgb:

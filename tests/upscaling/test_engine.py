@@ -1,3 +1,4 @@
+import itertools
 import logging
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from carn.upscaling.engine import (
     make_engine,
     reference_engine,
 )
-from carn.upscaling.pooling import pool_over
+from carn.upscaling.pooling import frozen, pool_over
 from tests.upscaling.networks import POOLING, SMALL, batch_of, network, tissue, window_of
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +185,92 @@ def sizes_seen(engine: Engine) -> list[int]:
 
     engine._computed = seen  # type: ignore[method-assign]
     return sizes
+
+
+# ----------------------------------------------------------------------------- self-ensemble
+
+
+def mean_over_eight(model: torch.nn.Module, window: Rgb, *, halo_px: int) -> torch.Tensor:
+    """(h, w, 3) on 0..1 of what lies within the halo, with quarter turns in place of transposes."""
+    results = []
+    with torch.inference_mode():
+        for number in range(8):
+            lr = batch_of(window).flip(-1) if number >= 4 else batch_of(window)
+            sr = torch.rot90(model(torch.rot90(lr, number, (-2, -1))), -number, (-2, -1))
+            results.append(sr.flip(-1) if number >= 4 else sr)
+    crop = halo_px * model.scale
+    sr = torch.stack(results).mean(0)
+    return sr[0, :, crop:-crop, crop:-crop].permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize(
+    ("name", "is_folded"),
+    [*itertools.product(("carn", "edsr", "rcan"), (True, False)), ("swdnet", False)],
+)
+def test_self_ensemble_is_the_mean_over_eight_turns(
+    name: ModelName, is_folded: bool, is_frozen: bool
+) -> None:
+    engine, plain = engines_of(name, precision="fp32", fold=is_folded, self_ensemble=True)
+    model = network(name)
+    if name in POOLING and is_frozen:
+        model = frozen(model, pool_over(model, [tissue(64)], halo_px=8))
+    elif not is_frozen:
+        engine.set_pooling(None)
+        plain.set_pooling(None)
+    window = window_of(tissue(), 40, 100, 30, 41, halo_px=engine.halo_px)  # not square
+    found = engine.upscale_float(window)
+    expected = mean_over_eight(model, window, halo_px=engine.halo_px)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    levels = (expected.clamp(0, 1) * 255).round().numpy()
+    assert largest_difference(engine.upscale(window), levels) <= 1
+    # Not what the network makes of the window as it lies.
+    assert np.abs(found - plain.upscale_float(window)).max() > 1e-3
+
+
+def test_self_ensemble_changes_nothing_where_turning_does_not() -> None:
+    engine, plain = engines_of("bicubic", precision="fp32", self_ensemble=True)
+    window = window_of(tissue(), 40, 100, 30, 41, halo_px=engine.halo_px)
+    difference = np.abs(engine.upscale_float(window) - plain.upscale_float(window)).max()
+    assert difference < 1e-6
+
+
+def test_self_ensemble_rounds_once() -> None:
+    # Each turn rounded to 8 bits would put the mean on eighths of a grey level.
+    engine, _ = engines_of("edsr", precision="fp32", self_ensemble=True)
+    window = window_of(tissue(), 40, 100, 32, 40, halo_px=engine.halo_px)
+    eighths = engine.upscale_float(window).astype(np.float64) * 255 * 8
+    assert np.abs(eighths - eighths.round()).mean() > 0.2
+
+
+@pytest.mark.parametrize("precision_name", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "scale"), SEAMS)
+def test_windows_of_self_ensembles_agree_wherever_they_are_cut(
+    name: ModelName, scale: int, precision_name: str
+) -> None:
+    engine, _ = engines_of(name, scale=scale, precision=precision_name, self_ensemble=True)
+    assert_cut_anywhere(engine, tissue()[200:296, 160:256])
+
+
+def test_flipped_windows_have_the_grid_of_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last window of an image ends anywhere; a flip begins there. Haar levels see that at x3.
+    engine, _ = engines_of("swdnet", scale=3, precision="fp32", self_ensemble=True)
+    image, halo = tissue()[200:216, 160:195], engine.halo_px
+    part = engine.upscale_float(window_of(image, 8, 0, 12, 16, halo_px=halo))
+    whole = engine.upscale_float(window_of(image, 0, 0, 35, 16, halo_px=halo))
+    assert np.abs(part - whole[:, 24:60]).max() < 1e-5
+    monkeypatch.setattr(engine, "_on_grid", lambda lr: lr)
+    whole = engine.upscale_float(window_of(image, 0, 0, 35, 16, halo_px=halo))
+    assert np.abs(part - whole[:, 24:60]).max() > 1e-3
+
+
+def test_a_self_ensemble_is_held_against_one() -> None:
+    engine, plain = engines_of("edsr", precision="fp32", self_ensemble=True)
+    window = window_of(tissue(), 40, 100, 32, 40, halo_px=engine.halo_px)
+    with pytest.raises(ValueError, match="self_ensemble=True of the engine is not the reference"):
+        compare(engine, plain, [window])
+    reference = reference_engine(network("edsr"), self_ensemble=True)
+    assert compare(engine, reference, [window]).psnr_db > 110
 
 
 # ----------------------------------------------------------------------------------- pooling
@@ -355,6 +442,8 @@ def test_the_description_says_what_was_chosen() -> None:
         assert engine.description == "fp32, channels_last, compiled, 1 thread"
         assert engine.window_px == 1024
         assert reference_engine(network("carn")).description == "fp32, NCHW, 1 thread"
+        engine = make_engine(network("carn"), config(precision="fp32", self_ensemble=True))
+        assert engine.description == "fp32, channels_last, folded, self-ensemble, 1 thread"
     finally:
         torch.set_num_threads(threads)
 
@@ -476,7 +565,10 @@ def test_small_windows_are_padded_to_few_sizes(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("settings", [{}, {"cuda_graph": False}, {"precision": "fp32"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"cuda_graph": False}, {"precision": "fp32"}, {"self_ensemble": True}],
+)
 @pytest.mark.parametrize("name", ["carn", "edsr", "swdnet"])
 def test_a_gpu_gives_the_references_pixels(name: ModelName, settings: dict[str, Any]) -> None:
     engine, reference = engines_of(name, device="cuda", **settings)

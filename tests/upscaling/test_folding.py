@@ -44,7 +44,7 @@ def test_without_frozen_poolings_gates_stay_alive(name: ModelName) -> None:
     torch.testing.assert_close(inner(found, scale=2), inner(expected, scale=2), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["carn", "rcan"])
+@pytest.mark.parametrize("name", ["carn", "rcan", "adaptive-carn"])
 def test_refolding_rewrites_weights_in_place(name: ModelName) -> None:
     model, image = network(name), tissue(64)
     first, second = (pool_over(model, [image[:, x : x + 32]], halo_px=4) for x in (0, 32))

@@ -4,7 +4,9 @@ import io
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +135,29 @@ def test_other_weights_or_settings_are_no_reason_to_skip(
     assert outcomes(upscale_images([str(inbox / "a.png")], changed)) == {"a.png": "failed"}
 
 
+def test_a_self_ensemble_is_no_reason_to_skip_nor_the_lack_of_one(
+    inbox: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, output = str(inbox / "a.png"), tmp_path / "sr"
+    plain = config_for(checkpoint, output)
+    turned = replace(plain, engine=replace(plain.engine, self_ensemble=True))
+    assert upscale_images([image], plain) == {image: "written"}
+    assert upscale_images([image], turned) == {image: "failed"}
+    assert upscale_images([image], replace(turned, overwrite=True)) == {image: "written"}
+    assert upscale_images([image], turned) == {image: "skipped"}
+    assert upscale_images([image], plain) == {image: "failed"}
+    # A file that was made before there was a choice does not say it.
+    upscale_images([image], replace(plain, overwrite=True))
+    read = images_module.read_provenance
+
+    def without(uri: str) -> dict[str, Any] | None:
+        return {name: value for name, value in (read(uri) or {}).items() if "self" not in name}
+
+    monkeypatch.setattr(images_module, "read_provenance", without)
+    assert upscale_images([image], plain) == {image: "skipped"}
+    assert upscale_images([image], turned) == {image: "failed"}
+
+
 def test_a_bad_image_does_not_stop_the_others(
     inbox: Path, checkpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,6 +261,15 @@ def test_the_command_line(
     assert run(inbox / "a.png", inbox / "b.tif", *arguments, "--precision", "fp32") == 0
     assert "2 written, 0 skipped, 0 failed" in caplog.text
     assert {path.name for path in (tmp_path / "sr").iterdir()} == {"a_x2.png", "b_x2.png"}
+    assert run(inbox / "a.png", *arguments, "--self-ensemble") == 1  # it is there, without
+    assert "--overwrite" in caplog.text
+    turned = ["--checkpoint", checkpoint, "--output", tmp_path / "turned", "--mpp", "0.25"]
+    assert run(inbox / "a.png", *turned, "--precision", "fp32", "--self-ensemble") == 0
+    one, other = (
+        np.asarray(Image.open(tmp_path / folder / "a_x2.png")) for folder in ("sr", "turned")
+    )
+    assert one.shape == other.shape
+    assert (one != other).any()
     (inbox / "a.png").write_bytes(b"")
     assert run(inbox, *arguments) == 1
     assert run(inbox / "nowhere", *arguments) == 2

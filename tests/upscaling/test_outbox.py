@@ -82,11 +82,31 @@ def test_digests_part_what_differs_in_pixels_and_nothing_else() -> None:
         replace(task, pixels=PixelConfig(pooling="block")),
         replace(task, format=SlideFormat(tile_px=16, quality=80)),
         replace(task, precision="fp32"),
+        replace(task, self_ensemble=True),
     ]
     assert {item.digest for item in same} == {task.digest}
     assert len({item.digest for item in (task, *other)}) == len(other) + 1
     # Blocks of two sizes, or of two programs, must never meet in one slide.
     assert len({item.work_uri for item in (task, *same)}) == 3
+
+
+def test_a_self_ensemble_is_part_of_what_a_slide_says_of_its_making() -> None:
+    task = make_task("/out")
+    assert replace(task, self_ensemble=True).provenance()["settings"]["self_ensemble"] is True
+    # As in slides that were finished before there was a choice.
+    assert "self_ensemble" not in task.provenance()["settings"]
+
+
+def test_a_finished_slide_is_not_skipped_for_a_self_ensemble(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    make_slide(task)
+    other = replace(task, self_ensemble=True)
+    ((status, reason),) = judge([other], overwrite=False)
+    assert status == "conflict"
+    assert reason is not None
+    assert "other settings" in reason
+    assert judge([other], overwrite=True) == [("todo", None)]
+    assert judge([task], overwrite=False) == [("skipped", None)]
 
 
 def test_a_task_travels_as_text() -> None:

@@ -1,6 +1,8 @@
 """A slide through all steps of the job, in this process."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,29 @@ def task_of(path: Path, folder: Path, *, scale: int = 2) -> SlideTask:
         block_px=256,
         code_version="1",
     )
+
+
+def test_a_self_ensembled_slide_says_so_and_has_a_self_ensembled_reference(
+    write_slide: WriteSlide, tmp_path: Path
+) -> None:
+    path = write_slide(extent=(150, 90), tile_px=64, num_levels=1)
+    task = replace(task_of(path, tmp_path), self_ensemble=True)
+    plan = inspect(task)
+    settings = EngineConfig(device="cpu", precision="fp32", self_ensemble=True)
+    maker = BlockMaker(settings, num_writers=1)
+    maker.calibrate(plan)
+    _, engine, reference = maker._networks(plan)
+    assert engine.self_ensemble
+    assert reference.self_ensemble
+    for index in range(plan.num_blocks):
+        maker.begin_block(plan, index)[0].result()
+    summary, _ = finish(plan, threshold_db=30, has_pictures=False)
+    assert "self-ensemble" in summary.engine
+    assert summary.accuracy_db is not None
+    assert summary.accuracy_db > 90
+    notes = json.loads(Path(task.output, "case/One.json").read_text())
+    assert notes["settings"]["self_ensemble"] is True
+    assert "self-ensemble" in notes["engine"]
 
 
 def upscaled(path: Path, folder: Path, *, scale: int) -> tuple[Path, SlideSummary, set[str]]:

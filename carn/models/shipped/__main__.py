@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
+from carn.degradation.conditions import DEFAULT, read_conditions
 from carn.errors import CarnError, DatasetError
 from carn.models.checkpoint import checkpoint_hash
 from carn.models.shipped.card import crops_figure, read_scores, scores_table
@@ -63,7 +64,13 @@ def pack_run(
     print(f"{output}: update {written.step}; in the recipe:\nweights_sha256: {digest}")  # noqa: T201
 
 
-def card(name: tyro.conf.Positional[str], images: Path, evaluation: Path, figure: Path) -> None:
+def card(
+    name: tyro.conf.Positional[str],
+    images: Path,
+    evaluation: Path,
+    figure: Path,
+    condition: str = next(iter(DEFAULT)),
+) -> None:
     """Print scores by source as the card has them, and draw its crops.
 
     Args:
@@ -71,7 +78,15 @@ def card(name: tyro.conf.Positional[str], images: Path, evaluation: Path, figure
         images: what `images` made.
         evaluation: output of `jobs/evaluate.py` over the test and validation images.
         figure: PNG file for the crops.
+        condition: the way to make LR that the crops show, one of the evaluation's: a name such as
+            jpeg80-420, or a .yaml file that holds one.
     """
+    conditions = read_conditions((condition,))
+    if len(conditions) > 1:
+        raise ValueError(
+            f"{condition} is {', '.join(conditions)}; the crops show one, give it alone"
+        )
+    ((shown, way),) = conditions.items()
     place = evaluation / "scores.parquet"
     if not place.is_file():
         raise DatasetError(f"{place} is missing; name the output of jobs/evaluate.py")
@@ -79,7 +94,8 @@ def card(name: tyro.conf.Positional[str], images: Path, evaluation: Path, figure
         raise DatasetError(f"{figure} must be a .png in a folder that there is")
     scores = read_scores(pq.read_table(place).to_pylist(), name)
     print(scores_table(scores))  # noqa: T201
-    crops_figure(name, images, scores).save(figure, optimize=True)
+    crops = crops_figure(name, images, scores, condition=shown, way=way)
+    crops.save(figure, optimize=True)
 
 
 def cli() -> int:
@@ -89,7 +105,7 @@ def cli() -> int:
             {"fetch": fetch, "images": images, "pack": pack_run, "card": card},
             prog="python -m carn.models.shipped",
         )
-    except CarnError as error:
+    except (CarnError, ValueError) as error:
         print(f"shipped: {error}", file=sys.stderr)  # noqa: T201
         return 2
     return 0

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from carn.degradation.conditions import DEFAULT
+from carn.degradation.scanner import Degradation
 from carn.errors import DatasetError
 from carn.evaluation.crops import CROP_PX
 from carn.evaluation.scoring import pair, super_resolve
@@ -23,6 +25,7 @@ from carn.models.checkpoint import load_model, read_checkpoint
 from carn.models.shipped.recipe import read_rgb
 
 BASELINE = "bicubic"
+(BICUBIC_LR,) = DEFAULT
 # `<order>_<split>_<source>_<image>`, as `prepare_images` calls them; the split and the source.
 _NAMED = re.compile(r"\d_(validation|test)_([a-z0-9-]+)_")
 
@@ -35,29 +38,34 @@ _BORDER_PX = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How a network did on one image.
+    """How a network did on one image under one condition.
 
     Attributes:
         source: split and source of the image, such as `test camelyon16`.
         image: its name.
+        tile: that of the tile that it is in the evaluation's dataset.
         network: the name of a network that comes with the project, or else the model's.
         psnr_db, ssim: in RGB.
-        gain_db: PSNR over that of bicubic interpolation of this image.
+        gain_db: PSNR over that of bicubic interpolation of the same LR.
+        condition: the name of the way that LR was made in.
     """
 
     source: str
     image: str
+    tile: str
     network: str
     psnr_db: float
     ssim: float
     gain_db: float
+    condition: str
 
 
 def read_scores(rows: Sequence[Mapping[str, Any]], name: str) -> list[Score]:
-    """Scores by image, those of bicubic interpolation first, then the network's, then others'.
+    """Sort scores by image: of bicubic interpolation first, then the network's, then others'.
 
     Args:
-        rows: those of an evaluation's `scores.parquet`.
+        rows: those of an evaluation's `scores.parquet`; of one that knew no conditions, they are of
+            bicubic LR.
         name: the network whose card it is; the evaluation must have it.
 
     Raises:
@@ -81,19 +89,42 @@ def read_scores(rows: Sequence[Mapping[str, Any]], name: str) -> list[Score]:
         raise DatasetError(f"the evaluation has no scores of {' and '.join(sorted(missing))}")
     order = [BASELINE, name, *sorted(names.keys() - {BASELINE, name})]
     called_by = {checkpoint: called for called, checkpoint in names.items()}
-    baseline = {row["tile_id"]: row["psnr_db"] for row in rows if row["key"] == BASELINE}
+    baseline = {
+        (_condition_of(row), row["tile_id"]): row["psnr_db"]
+        for row in rows
+        if row["key"] == BASELINE
+    }
+    conditions = list(dict.fromkeys(_condition_of(row) for row in rows))
+    if missing := {_condition_of(row) for row in rows} - {condition for condition, _ in baseline}:
+        raise DatasetError(
+            f"the evaluation has no scores of {BASELINE} under {', '.join(sorted(missing))}"
+        )
     scores = [
         Score(
             source=_source_of(row["slide"]),
             image=row["slide"],
+            tile=row["tile_id"],
             network=called_by[row["checkpoint"]],
             psnr_db=row["psnr_db"],
             ssim=row["ssim"],
-            gain_db=row["psnr_db"] - baseline[row["tile_id"]],
+            gain_db=row["psnr_db"] - baseline[_condition_of(row), row["tile_id"]],
+            condition=_condition_of(row),
         )
         for row in rows
     ]
-    return sorted(scores, key=lambda row: (row.source, order.index(row.network), row.image))
+    return sorted(
+        scores,
+        key=lambda row: (
+            row.source,
+            order.index(row.network),
+            conditions.index(row.condition),
+            row.image,
+        ),
+    )
+
+
+def _condition_of(row: Mapping[str, Any]) -> str:
+    return str(row.get("condition", BICUBIC_LR))
 
 
 def _source_of(image: str) -> str:
@@ -107,11 +138,18 @@ def _source_of(image: str) -> str:
 
 
 def scores_table(scores: Iterable[Score]) -> str:
-    """Scores as a table in Markdown: a row for each source and network.
+    """Write scores as a table in Markdown: a row for each source and network.
+
+    Of an evaluation under several conditions, a column for each: the mean PSNR of bicubic
+    interpolation and the mean gains of networks over it, dB.
 
     Args:
         scores: as `read_scores` gives them.
     """
+    scores = list(scores)
+    conditions = list(dict.fromkeys(row.condition for row in scores))
+    if len(conditions) > 1:
+        return _conditions_table(scores, conditions)
     lines = [
         "| source | images | network | PSNR, dB | SSIM | gain, dB | least to most | deviation |",
         "|---|---|---|---|---|---|---|---|",
@@ -136,14 +174,40 @@ def scores_table(scores: Iterable[Score]) -> str:
     return "\n".join(lines)
 
 
-def typical_images(scores: Iterable[Score], name: str) -> dict[str, str]:
-    """The image of each source on which a network gains the median (the lower of two), by source.
+def _conditions_table(scores: Sequence[Score], conditions: Sequence[str]) -> str:
+    lines = [
+        "| " + " | ".join(["source", "images", "network", *conditions]) + " |",
+        "|---" * (3 + len(conditions)) + "|",
+    ]
+    for (source, network), group in groupby(scores, key=lambda row: (row.source, row.network)):
+        rows = list(group)
+        is_baseline = network == BASELINE
+        count = len({row.image for row in rows})
+        line = [source, str(count), f"{network}, {'PSNR' if is_baseline else 'gain'} in dB"]
+        for condition in conditions:
+            found = [
+                row.psnr_db if is_baseline else row.gain_db
+                for row in rows
+                if row.condition == condition
+            ]
+            # An evaluation may lack a part that failed.
+            text = f"{np.mean(found):{'.2f' if is_baseline else '+.2f'}}" if found else ""
+            line.append(text)
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def typical_images(
+    scores: Iterable[Score], name: str, *, condition: str = BICUBIC_LR
+) -> dict[str, str]:
+    """Find the image of each source on which a network gains the median (the lower of two).
 
     Args:
         scores: as `read_scores` gives them.
         name: the network's.
+        condition: that of the gains.
     """
-    ours = [row for row in scores if row.network == name]
+    ours = [row for row in scores if row.network == name and row.condition == condition]
     typical = {}
     for source, group in groupby(ours, key=lambda row: row.source):
         rows = sorted(group, key=lambda row: (row.gain_db, row.image))
@@ -151,8 +215,15 @@ def typical_images(scores: Iterable[Score], name: str) -> dict[str, str]:
     return typical
 
 
-def crops_figure(name: str, images: Path, scores: Iterable[Score]) -> Image.Image:
-    """Crops side by side: LR enlarged by interpolation, SR, HR.
+def crops_figure(
+    name: str,
+    images: Path,
+    scores: Iterable[Score],
+    *,
+    condition: str = BICUBIC_LR,
+    way: Degradation = DEFAULT[BICUBIC_LR],
+) -> Image.Image:
+    """Draw crops side by side: LR enlarged by interpolation, SR, HR.
 
     Of each test source the image of the median gain, at its place of most detail: nothing is
     chosen for how well it came out.
@@ -161,20 +232,35 @@ def crops_figure(name: str, images: Path, scores: Iterable[Score]) -> Image.Imag
         name: of the network.
         images: what `python -m carn.models.shipped images` made.
         scores: as `read_scores` gives them.
+        condition: the name of the way to make LR, which the evaluation must have.
+        way: that way.
 
     Raises:
-        DatasetError: an image is missing or too small, or no source is of the test split.
+        DatasetError: an image is missing or too small, no source is of the test split, or there are
+            no scores under the condition.
     """
+    scores = list(scores)
+    known = dict.fromkeys(row.condition for row in scores if row.network == name)
+    if condition not in known:
+        raise DatasetError(
+            f"the evaluation has no scores of {name} under {condition}; name one of "
+            f"{', '.join(known)}, or evaluate under it"
+        )
+    tiles = {row.image: row.tile for row in scores}
     checkpoint = read_checkpoint(name)
     scale = checkpoint.scale
     models = (Bicubic(BicubicConfig(), scale=scale), load_model(checkpoint))
     rows: dict[str, list[UInt8[np.ndarray, "h w 3"]]] = {}
-    for source, image in typical_images(scores, name).items():
+    for source, image in typical_images(scores, name, condition=condition).items():
         split, folder = source.split()
         if split != "test":
             continue
         lr, hr = pair(
-            _read(images / split / folder / f"{image}.png"), scale=scale, protocol="aligned"
+            _read(images / split / folder / f"{image}.png"),
+            scale=scale,
+            protocol="aligned",
+            way=way,
+            tile=tiles[image],
         )
         sr = [
             super_resolve(model, lr, scale=scale, name=image)[0].permute(1, 2, 0).numpy()
@@ -184,7 +270,10 @@ def crops_figure(name: str, images: Path, scores: Iterable[Score]) -> Image.Imag
         rows[folder] = [pixels[y : y + CROP_PX, x : x + CROP_PX] for pixels in (*sr, hr)]
     if not rows:
         raise DatasetError("the evaluation has no test images")
-    return _side_by_side(rows, ["LR, enlarged by interpolation", name, "HR"])
+    title = "LR, enlarged by interpolation"
+    if condition != BICUBIC_LR:
+        title = f"LR of {condition}, interpolated"
+    return _side_by_side(rows, [title, name, "HR"])
 
 
 def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
