@@ -2,7 +2,7 @@
 
 The file's own headers say how it is stored. Sharpness and noise are estimated on windows of tissue
 and glass, and given as what `carn.degradation` would have made them of: LR at scale 2 of the HR
-tissue of 40x slides. An estimate comes with the interval that holds nine of ten true values.
+tissue of 40x slides. An estimate comes with an interval; `Estimate` says how often it holds.
 """
 
 import dataclasses
@@ -84,7 +84,12 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number and the interval that holds the truth in nine of ten images."""
+    """A number and its interval.
+
+    The interval is made to hold the truth in nine of ten images of sources like those of the
+    calibration. Of organs and scanners that are not among these, whose HR is softer or crisper by
+    itself, it holds the blur in eight of ten (docs/describe.md).
+    """
 
     value: float
     low: float
@@ -161,8 +166,8 @@ class PixelEstimates:
             0.06..0.10 to that of 0.26..0.34 cycles/px; None without tissue.
         blur_px: standard deviation of the Gaussian that would have blurred HR tissue of a 40x slide
             as much before sampling at scale 2, HR px; None without tissue.
-        is_sharpened: sharper than nearly all LR of unblurred HR. Blur and sharpening undo each
-            other: of LR that is blurred little and sharpened by 0.6, three of five are known.
+        is_sharpened: sharper than nearly all LR of unblurred HR. It misses much, for blur and
+            sharpening undo each other, and may be said of crisp tissue.
         noise_levels: standard deviation at mid-grey, grey levels; None where there are no px to
             tell it by.
         is_noise_hidden: pixels went through JPEG, which takes noise away: there is as much as

@@ -28,6 +28,7 @@ from torch.export import Dim
 
 from carn import storage
 from carn.errors import CarnError, CheckpointError
+from carn.models.adaptive_carn import AdaptiveCarn
 from carn.models.checkpoint import checkpoint_hash, load_model, read_checkpoint
 from carn.models.table import MODELS
 from carn.models.weights import architecture_of, to_json, unwrapped
@@ -42,6 +43,10 @@ TOLERANCE = 1e-4
 TRACED = (2, 24, 20)
 # Tried where any size is to work: odd and even, narrow and wide, another batch.
 TRIED = ((1, 19, 32), (3, 30, 17))
+# An adaptive network pads what holds no two whole JPEG blocks beside its kernels, and traced
+# programs do not branch.
+TRACED_ADAPTIVE = (2, 40, 36)
+TRIED_ADAPTIVE = ((1, 29, 48), (3, 46, 27))
 STATIC_SIDE_PX = 64
 
 
@@ -58,7 +63,8 @@ def export_onnx(
     Args:
         model: a model of MODELS.
         path: the file, local or on an object store.
-        dynamic: take any batch and any LR of at least 4 px a side; otherwise one square LR.
+        dynamic: take any batch and any LR of at least 4 px a side (24 for an adaptive network);
+            otherwise one square LR.
         side_px: side of that LR in px.
         source: what the file says it was made from, such as `checkpoint_hash`.
 
@@ -68,7 +74,8 @@ def export_onnx(
         AccessDeniedError, StorageError: the location cannot be written.
     """
     model, facts = _prepared(model, source=source)
-    shape = TRACED if dynamic else (1, side_px, side_px)
+    traced, tried = _shapes(model)
+    shape = traced if dynamic else (1, side_px, side_px)
     axes = {"lr": {0: "batch", 2: "height", 3: "width"}}
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
@@ -92,7 +99,7 @@ def export_onnx(
         (sr,) = session.run(["sr"], {"lr": lr.numpy()})
         return torch.from_numpy(np.asarray(sr))
 
-    difference = _difference(model, run, tried=TRIED if dynamic else (shape, shape), path=path)
+    difference = _difference(model, run, tried=tried if dynamic else (shape, shape), path=path)
     storage.write_bytes(storage.normalize(path), content)
     return difference
 
@@ -100,7 +107,8 @@ def export_onnx(
 def export_program(model: nn.Module, path: str, *, source: str | None = None) -> float:
     """Write a model as an exported program; returns by how much its pixels (0..1) were off at most.
 
-    `torch.export.load(path).module()` runs it, for any batch and any LR of at least 4 px a side.
+    `torch.export.load(path).module()` runs it, for any batch and any LR of at least 4 px a side
+    (24 for an adaptive network).
 
     Args:
         model: a model of MODELS.
@@ -115,14 +123,15 @@ def export_program(model: nn.Module, path: str, *, source: str | None = None) ->
     model, facts = _prepared(model, source=source)
     axes = {"lr": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
     buffer = io.BytesIO()
+    traced, tried = _shapes(model)
     with _quiet_exporter(), torch.no_grad():
-        program = torch.export.export(model, (_images(TRACED, seed=0),), dynamic_shapes=axes)
+        program = torch.export.export(model, (_images(traced, seed=0),), dynamic_shapes=axes)
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # names folders of this machine
         torch.export.save(program, buffer, extra_files={METADATA_KEY: facts})
         buffer.seek(0)
         loaded = torch.export.load(buffer).module()
-    difference = _difference(model, loaded, tried=TRIED, path=path)
+    difference = _difference(model, loaded, tried=tried, path=path)
     storage.write_bytes(storage.normalize(path), buffer.getvalue())
     return difference
 
@@ -135,6 +144,15 @@ def _prepared(model: nn.Module, *, source: str | None) -> tuple[nn.Module, str]:
         raise ValueError(f"a {type(model).__name__} is none of {', '.join(MODELS)}")
     facts = {**asdict(architecture_of(model, model_name=names[0])), "source": source}
     return copy.deepcopy(model).to("cpu", torch.float32).eval(), to_json(facts)
+
+
+def _shapes(
+    model: nn.Module,
+) -> tuple[tuple[int, int, int], tuple[tuple[int, int, int], ...]]:
+    """What a model is traced with, and what the program is tried with."""
+    if isinstance(model, AdaptiveCarn):
+        return TRACED_ADAPTIVE, TRIED_ADAPTIVE
+    return TRACED, TRIED
 
 
 def _images(shape: tuple[int, int, int], *, seed: int) -> Tensor:

@@ -22,7 +22,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import numpy as np
 import yaml
@@ -324,7 +324,7 @@ def parse_space(content: Mapping[str, Any], *, name: str) -> Space:
         name=name,
         title=str(content.get("title", name)),
         question=str(content.get("question", "")),
-        settings=_mapping(content.get("settings", {}), f"{name}: settings"),
+        settings=_mapping(content.get("settings", {}), f"{name}: settings", has_lists=True),
         points=parsed,
         axes=tuple(_axis(str(key), value, name) for key, value in search.items()),
         seeds=_seeds(content.get("seeds", [1]), name),
@@ -450,11 +450,14 @@ def _is_numbers(value: Any) -> bool:
     )
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+def _mapping(value: Any, where: str, *, has_lists: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold settings by name, as {{steps: 1000}}")
+    places = field_places()
     for name, item in value.items():
-        if isinstance(item, list | dict):
+        # A range, such as that of JPEG's quality, is one value; in points it could not be told.
+        is_range = has_lists and get_origin(places.get(str(name), ("", None))[1]) is tuple
+        if isinstance(item, dict) or (isinstance(item, list) and not is_range):
             raise ValueError(f"{where}: {name} must be one value; what is varied stands in search")
     return {str(name): item for name, item in value.items()}
 

@@ -179,7 +179,9 @@ def test_names_that_there_are_none_of() -> None:
         read_checkpoint("shipped:../../models")
     with pytest.raises(CheckpointError, match=r"no network for x3 .*carn-x2.*--checkpoint"):
         shipped_for(3)
-    with pytest.raises(CheckpointError, match="no recipe nothing; there are carn-x2, carn-x2-bicubic, carn-x4"):
+    with pytest.raises(
+        CheckpointError, match="no recipe nothing; there are carn-x2, carn-x2-bicubic, carn-x4"
+    ):
         read_recipe("nothing")
 
 
@@ -450,9 +452,7 @@ Tried = dict[str, list[Trial]]
 IMAGES_PER_SOURCE = {"carn-x2": 2}
 
 
-def held_out(
-    name: str, folder: Path, *, most: int | None
-) -> Iterator[tuple[str, str, np.ndarray]]:
+def held_out(name: str, folder: Path, *, most: int | None) -> Iterator[tuple[str, str, np.ndarray]]:
     """Source, name and pixels of the first test images of each source of a recipe."""
     recipe = read_recipe(name)
     found = find_images(recipe, folder)

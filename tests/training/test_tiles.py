@@ -284,7 +284,7 @@ def test_an_end_in_the_middle_of_filling_leaves_nothing_that_is_taken(
     monkeypatch.setattr(tiles_module, "make_lr", make_some)
     with pytest.raises(KeyboardInterrupt):
         load_tiles(dataset, split="train", scale=2)
-    monkeypatch.setattr(tiles_module, "degrade", original)
+    monkeypatch.setattr(tiles_module, "make_lr", original)
     store = load_tiles(dataset, split="train", scale=2)
     assert len(store.hr) == sum((w // 2 * 2) * (h // 2 * 2) * 3 for w, h in EXTENTS)
 

@@ -197,7 +197,7 @@ def test_a_sample_of_a_slide_is_near_the_means_of_the_whole() -> None:
     assert whole is not None
     for name, mean in whole.means.items():
         difference = (sampled.means[name] - mean).abs().max() / mean.abs().max()
-        assert difference < 0.1
+        assert difference < 0.12
 
 
 def test_a_network_that_does_not_pool_or_is_not_to_has_no_pooling() -> None:

@@ -413,7 +413,7 @@ def test_precision_is_chosen_by_model_and_processor(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(precision, "has_bf16", lambda _device: True)
     assert {name: chosen(name) for name in SMALL} == {
         **dict.fromkeys(("bicubic", "srcnn", "srgan", "rcan"), "fp32"),
-        **dict.fromkeys(("edsr", "rdn", "swdnet", "carn"), "bf16"),
+        **dict.fromkeys(("edsr", "rdn", "swdnet", "carn", "adaptive-carn"), "bf16"),
     }
     assert chosen("rcan", "bf16") == "bf16"
     for name in ("bicubic", "srcnn", "srgan"):
