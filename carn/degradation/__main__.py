@@ -195,6 +195,7 @@ def _settings(described: Sequence[SlideDescription]) -> list[_Setting]:
     num_sharpened = sum(found.pixels.is_sharpened for found in known)
     return [
         ("degradation", "scanner", "Blur, sampling, noise, sharpening and JPEG as below."),
+        ("clean_share", 0.0, "All LR is like the slides."),
         ("lr_variants", LR_VARIANTS, "Ways that each tile is seen in."),
         *_blur_settings(known, num_slides=len(described)),
         ("sampling", "mixed", "Cannot be told from pixels: means, bicubic and in between."),
