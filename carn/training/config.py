@@ -224,7 +224,7 @@ class TrainConfig:
         if (self.estimator_steps or 0) >= self.steps and self.network.wants_numbers:
             raise ValueError(
                 f"estimator_steps={self.estimator_steps} leave nothing of steps={self.steps} to "
-                "super-resolution"
+                "super-resolution; say fewer with --estimator-steps"
             )
         own = OWN_OBJECTIVES.get(self.network.model)
         if own and self.loss != LossConfig():

@@ -66,7 +66,7 @@ def test_lists_are_fetched_to_where_they_are_read_from() -> None:
 
 
 def test_each_job_takes_further_options() -> None:
-    recipe = "--config carn/models/shipped/carn-x2.yaml --steps 100"
+    recipe = "--config carn/models/shipped/carn-x2.yaml --steps 100 --estimator-steps 20"
     build, train, evaluate = jobs_of(
         *("own", "SLIDES=/data", f"TRAIN={recipe}", "EVALUATE=--no-timing"),
         r"BUILD=--group-regex patient_\\d+",
