@@ -251,9 +251,7 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], said: str) -> 
 
 
 def test_settings_that_do_nothing_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"blur_share=0\.1 does nothing with"
-    ):
+    with pytest.raises(ValueError, match=r"blur_share=0\.1 does nothing with"):
         DegradationConfig(blur_share=0.1)
 
 
