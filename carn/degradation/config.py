@@ -16,7 +16,7 @@ class DegradationConfig:
     """How LR is made of HR. Ranges are drawn from uniformly, anew for each variant of each tile.
 
     The defaults of `scanner` cover what slides are like: objectives of NA 0.4 to 0.95 at 0.25 um/px
-    blur by 0 to 1.3 HR px, scanners store JPEG 30 to 95 with chroma whole, halved or quartered.
+    blur by 0 to 1.3 HR px, scanners store JPEG with chroma whole, halved or quartered.
     """
 
     degradation: Kind = "bicubic"

@@ -68,11 +68,7 @@ class TrainingData:
         windows = windows_in_order(self.sampler, slots, **span)
         results = map_units(reader, (dataclasses.asdict(window) for window in windows))
         for batch in stream_batches(results, self.sampler, slots, **span):
-            yield Batch(
-                lr=batch.lr.to(device),
-                hr=batch.hr.to(device),
-                numbers=None if batch.numbers is None else batch.numbers.to(device),
-            )
+            yield batch.to(device)
 
     def names_at(self, step: int) -> tuple[str, ...]:
         """The tiles of a step's batch."""

@@ -104,6 +104,11 @@ class Batch:
     hr: Float[Tensor, "n 3 H W"]
     numbers: Float[Tensor, "n k"] | None = None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        numbers = None if self.numbers is None else self.numbers.to(device)
+        return Batch(lr=self.lr.to(device), hr=self.hr.to(device), numbers=numbers)
+
 
 def make_lr(tile: Rgb, maker: LrMaker, *, scale: int, tile_id: str) -> list[Rgb]:
     """Make all LR images of a tile.

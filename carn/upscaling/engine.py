@@ -70,8 +70,8 @@ class EngineConfig:
     num_threads: int | None = None
     """CPU threads of the process; None for what torch chose."""
     self_ensemble: bool = False
-    """Average over the eight flips and turns of each window: eight times the time for about 0.04 dB
-    of PSNR."""
+    """Average over the eight flips and turns of each window: eight times the time for 0.04 dB of
+    PSNR on clean LR and 0.01 dB on JPEG 80."""
 
     def __post_init__(self) -> None:
         if self.window_px is not None and self.window_px < MIN_WINDOW_PX:

@@ -449,7 +449,7 @@ class Trial(NamedTuple):
 
 
 Tried = dict[str, list[Trial]]
-# Images of each source that are tried: as many as there were when the tests were first fast enough.
+# Images of each source that are tried where all of them would take too long.
 IMAGES_PER_SOURCE = {"carn-x2": 2}
 
 
