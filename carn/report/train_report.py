@@ -67,6 +67,8 @@ class TrainReport:
             order; the 200 that gain least are listed.
         convention: how PSNR and SSIM are measured: channel, border, data range, averaging.
         config: the resolved configuration of the run, nested dicts of plain values.
+        conditions: rows like those of `validation_table`, means over the tiles under each way of
+            making LR; bicubic is that of the same LR. None where there is one way.
     """
 
     title: str
@@ -84,6 +86,7 @@ class TrainReport:
     validation_table: tuple[tuple[str, float, float, float, float], ...]
     convention: str
     config: dict[str, object]
+    conditions: tuple[tuple[str, float, float, float, float], ...] = ()
 
 
 class Notice(NamedTuple):
@@ -158,6 +161,7 @@ def render(report: TrainReport) -> str:
         report=report,
         notices=find_notices(report, gains),
         scores=list_scores(report),
+        conditions=list_gains(report.conditions),
         psnr_plot=_plot_validation(report, "psnr", max_step),
         ssim_plot=_plot_validation(report, "ssim", max_step),
         loss_plot=plot_curves(
@@ -323,10 +327,15 @@ def _subtract(value: float | None, reference: float | None) -> float | None:
 
 def rank_tiles(table: Sequence[tuple[str, float, float, float, float]]) -> list[Gain]:
     """The tiles by their gain in PSNR, the least first; what is not a number before all."""
-    gains = [Gain(*row, _gain(row[1], row[2]), _gain(row[3], row[4])) for row in table]
     return sorted(
-        gains, key=lambda g: (-math.inf if math.isnan(g.psnr_gain) else g.psnr_gain, g.tile)
+        list_gains(table),
+        key=lambda g: (-math.inf if math.isnan(g.psnr_gain) else g.psnr_gain, g.tile),
     )
+
+
+def list_gains(table: Sequence[tuple[str, float, float, float, float]]) -> list[Gain]:
+    """Add to each row, in their order, what SR gains on bicubic."""
+    return [Gain(*row, _gain(row[1], row[2]), _gain(row[3], row[4])) for row in table]
 
 
 def _gain(bicubic: float, sr: float) -> float:

@@ -75,8 +75,8 @@ def _report(
         facts=_facts(run_uri, facts, rows, checkpoint, model),
         notices=(),
         loss_terms=tuple(_curve(rows, name) for name in ("loss", *terms)),
-        validation_psnr=_validation_curves(rows, "validation_psnr", title=title),
-        validation_ssim=_validation_curves(rows, "validation_ssim", title=title),
+        validation_psnr=(_curve(rows, "validation_psnr", label=title),),
+        validation_ssim=(_curve(rows, "validation_ssim", label=title),),
         bicubic_psnr=look.bicubic.mean_psnr if look else None,
         bicubic_ssim=look.bicubic.mean_ssim if look else None,
         best_step=None if best_step is None else int(best_step),
@@ -86,6 +86,7 @@ def _report(
         validation_table=look.table if look else (),
         convention=look.convention if look else "The dataset has no validation tiles.",
         config=config,
+        conditions=look.conditions if look else (),
     )
 
 
@@ -120,15 +121,6 @@ def _hours(seconds: float) -> str:
     return f"{hour} h {minute:02d} min {second:02d} s"
 
 
-def _validation_curves(rows: Sequence[Row], name: str, *, title: str) -> tuple[Curve, ...]:
-    """The mean over all conditions first, then each condition where there are several."""
-    conditions = dict.fromkeys(
-        column for row in rows for column in row if column.startswith(f"{name}/")
-    )
-    parts = [_curve(rows, column, label=column.partition("/")[2]) for column in conditions]
-    return (_curve(rows, name, label=title), *parts)
-
-
 def _curve(rows: Sequence[Row], name: str, *, label: str | None = None) -> Curve:
     points = [(row["step"], row[name]) for row in rows if name in row]
     return Curve(
@@ -151,6 +143,11 @@ class _Look:
         self.bicubic = validator.score(bicubic, device)
         scores = validator.score(model, device)
         self.table = _table(validator.tile_ids, self.bicubic, scores)
+        theirs = validator.by_condition(self.bicubic)
+        self.conditions = tuple(
+            (name, theirs[name].mean_psnr, ours.mean_psnr, theirs[name].mean_ssim, ours.mean_ssim)
+            for name, ours in validator.by_condition(scores).items()
+        )
         gains = scores.psnr - self.bicubic.psnr
         chosen = _spread(gains)
         self.crops = tuple(
