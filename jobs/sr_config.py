@@ -118,6 +118,10 @@ class SuperResolveJob:
     """Plain images (PNG, JPEG, TIFF) likewise, which need not say their MPP."""
     scale: int | None = None
     """What the checkpoint must be made for; None for whatever it is, and 2 without one."""
+    lr_like: str | None = None
+    """How LR was made, said by hand to a network that adapts to it: a condition by name, such as
+    jpeg80-420, or a .yaml file with one (docs/degradation.md). None: it is estimated for each
+    slide."""
     input: InputConfig = field(default_factory=InputConfig)
     pixels: PixelConfig = field(default_factory=PixelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

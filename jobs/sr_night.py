@@ -15,7 +15,7 @@ from carn import storage
 from carn.errors import CheckpointError, StorageError
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
 from carn.models.shipped import shipped_for
-from carn.report.sr_records import SlideSummary, Status
+from carn.report.sr_records import LrSummary, SlideSummary, Status
 from carn.slides.provenance import read_provenance
 from carn.upscaling.engine import reference_engine
 from carn.upscaling.inputs import SlideInput
@@ -26,7 +26,9 @@ from carn.upscaling.outbox import (
     sweep_abandoned,
     sweep_stale,
 )
+from carn.upscaling.suitability import TrainingRange
 from carn.upscaling.task import SlidePlan, SlideTask
+from carn.upscaling.telling import tell, told_by
 from carn.version import code_version
 from jobs.metrics import meters, watch_s3
 from jobs.ray_stage import StageRunner, duration, start_ray
@@ -61,7 +63,9 @@ def check_checkpoint(job: SuperResolveJob) -> tuple[Checkpoint, int]:
     Better now than in a hundred actors.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or made for another scale.
+        CheckpointError: there is none, it is damaged, made for another scale, or does not adapt to
+            what `--lr-like` says.
+        ValueError: `--lr-like` names no condition.
     """
     checkpoint = read_checkpoint(job.checkpoint or shipped_for(job.scale))
     if job.scale not in (None, checkpoint.scale):
@@ -69,7 +73,10 @@ def check_checkpoint(job: SuperResolveJob) -> tuple[Checkpoint, int]:
             f"{checkpoint.uri} super-resolves x{checkpoint.scale}; --scale {job.scale} was asked "
             "for"
         )
-    return checkpoint, reference_engine(load_model(checkpoint)).halo_px
+    model = load_model(checkpoint)
+    told = told_by(job.lr_like, scale=checkpoint.scale)
+    tell(model, told, network=checkpoint.uri)
+    return checkpoint, reference_engine(model).halo_px
 
 
 def make_task(
@@ -97,6 +104,8 @@ def make_task(
         block_px=job.run.block_px,
         code_version=code_version(),
         self_ensemble=job.engine.self_ensemble,
+        told=told_by(job.lr_like, scale=checkpoint.scale),
+        trained=TrainingRange.of(checkpoint),
     )
 
 
@@ -435,7 +444,10 @@ class Night:
                 scale=plan.task.scale,
                 num_blocks=plan.num_blocks,
                 num_blocks_resumed=len(plan.done),
+                lr=LrSummary(compression=plan.compression),
+                warnings=plan.warnings,
             )
+            self._warn(plan.task.name, plan.warnings)
         return found, [task for task in wave if task.name in down]
 
     def _make(self, plans: Sequence[SlidePlan], crew: Crew, claims: SlideClaims) -> list[SlideTask]:
@@ -547,11 +559,18 @@ class Night:
             if is_final:
                 self.tally.end(plan.task.name)
 
+    def _warn(self, name: str, warnings: Sequence[str]) -> None:
+        """Say in what a slide is unlike what the network was trained on."""
+        for warning in warnings:
+            logger.warning("%s: %s", name, warning)
+
     def _finished(self, wave: "_Wave", plan: SlidePlan, outcome: dict[str, Any]) -> bool:
         """Note what became of a slide; whether that is final, or it has to be done again."""
         name = plan.task.name
         if "summary" in outcome:
-            self.tally.slides[name] = SlideSummary.from_json(outcome["summary"])
+            summary = SlideSummary.from_json(outcome["summary"])
+            self.tally.slides[name] = summary
+            self._warn(name, summary.warnings[len(plan.warnings) :])
             self.tally.pictures.update(outcome["pictures"])
             logger.info("%s is finished: %s", name, plan.task.output_uri)
             return True

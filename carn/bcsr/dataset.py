@@ -65,6 +65,12 @@ class BcsrDataset:
         red, green, blue = self.manifest["channel_means"]
         return red, green, blue
 
+    @property
+    def mpp_range(self) -> tuple[float, float] | None:
+        """Least and largest um per px of its slides; None where none says it."""
+        known = [row["mpp_x"] for row in self.manifest["inputs"] if row["mpp_x"] is not None]
+        return (min(known), max(known)) if known else None
+
     def num_tiles(self, split: str) -> int:
         """Tiles of a split."""
         return int(self.manifest["splits"][_known(split)])

@@ -34,6 +34,9 @@ _LUMA = (0.299, 0.587, 0.114)
 _FREQUENCIES = tuple((v, u) for v in range(5) for u in range(5) if 2 <= u + v <= 5)
 # Grey levels within which a coefficient counts as zero: JPEG's pixels are rounded.
 _ZERO_LEVELS = 0.8
+# Standard deviation of what is added to the numbers while training, about their error: on tissue
+# unlike that of training the estimate is wrong in new ways, which must not matter much.
+_JITTER = 0.1
 # Below it the logarithm of a mean feature says nothing.
 _LEAST_FEATURE = 1e-3
 
@@ -211,7 +214,10 @@ class AdaptiveCarn(Carn):
         Estimate and CARs pool over the whole of `lr`, so a crop's result is not the crop of the
         result.
         """
-        return self.upscale(lr, self.numbers(lr))
+        numbers = self.numbers(lr)
+        if self.training:
+            numbers = numbers + _JITTER * torch.randn_like(numbers)
+        return self.upscale(lr, numbers)
 
     def upscale(
         self, lr: Float[Tensor, "b 3 h w"], numbers: Float[Tensor, "#b n 1 1"]

@@ -106,6 +106,25 @@ class Seam:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LrSummary:
+    """What was found out about the pixels of the input.
+
+    Attributes:
+        compression: how they are stored, by the file's own headers, in words.
+        blur_px: the blur that HR of a 40x slide would need to be as soft: the estimate and the ends
+            of its interval, HR px; None where it was not estimated.
+        numbers: what an adaptive network took the LR for (`carn.degradation.numbers`); empty for
+            other networks.
+        is_told: these were said by hand (`--lr-like`), not estimated.
+    """
+
+    compression: str
+    blur_px: tuple[float, float, float] | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    is_told: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlideSummary:
     """What became of one slide.
 
@@ -129,6 +148,8 @@ class SlideSummary:
         size_bytes, num_parts: of the output.
         seconds: from the first block to the commit.
         seam: steps at the borders of blocks; measured on few slides.
+        lr: what the input's pixels are like.
+        warnings: in what they are unlike what the network was trained on, by name and number.
         pictures: file name in `pictures/`, by what it shows. "seam" has a border between two blocks
             in its middle.
     """
@@ -154,6 +175,8 @@ class SlideSummary:
     num_parts: int | None = None
     seconds: float | None = None
     seam: Seam | None = None
+    lr: LrSummary | None = None
+    warnings: tuple[str, ...] = ()
     pictures: Mapping[PictureKind, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -196,6 +219,8 @@ class SlideLine:
         accuracy_db: PSNR of the engine to the network in fp32.
         retries: times that a block was begun again because its process had died, and that the slide
             was taken up again because parts of it were gone.
+        compression: how the input is stored, in words; null for a slide that was not opened.
+        warnings: in what the input is unlike what the network was trained on.
         event, version: "slide" and LINE_VERSION, to tell these lines from others.
     """
 
@@ -226,6 +251,8 @@ class SlideLine:
     consistency_share_below: float | None
     accuracy_db: float | None
     retries: int
+    compression: str | None
+    warnings: tuple[str, ...]
     event: Literal["slide"] = "slide"
     version: int = LINE_VERSION
 
@@ -280,6 +307,8 @@ class SlideLine:
             consistency_share_below=_known(agreement.share_below if agreement else None),
             accuracy_db=_known(slide.accuracy_db),
             retries=retries,
+            compression=slide.lr.compression if slide.lr else None,
+            warnings=slide.warnings,
         )
 
     def to_json(self) -> str:

@@ -225,7 +225,12 @@ def count_unseen(run: RunSummary) -> int:
 def find_notices(run: RunSummary) -> list[Notice]:
     """The verdict, then what to look at, then what is well."""
     done = [slide for slide in run.slides if slide.status == "done"]
-    rest = [*_judge_consistency(done), *_judge_damage(done), *_judge_seams(done)]
+    rest = [
+        *_judge_suitability(done),
+        *_judge_consistency(done),
+        *_judge_damage(done),
+        *_judge_seams(done),
+    ]
     return [judge_run(run), *sorted(rest, key=lambda notice: notice.is_good)]
 
 
@@ -252,6 +257,18 @@ def judge_run(run: RunSummary) -> Notice:
     if num_left or run.is_stopped or num_slides == 0:
         return Notice(False, text, "left" if num_slides else "facts")
     return Notice(True, text, "slides")
+
+
+def _judge_suitability(done: Sequence[SlideSummary]) -> list[Notice]:
+    warned = [slide for slide in done if slide.warnings]
+    if not warned:
+        return []
+    text = (
+        f"{plural(len(warned), 'slide')} of {format_count(len(done))} "
+        f"{'is' if len(warned) == 1 else 'are'} unlike what the network was trained on; "
+        f"{warned[0].name}: {warned[0].warnings[0]}."
+    )
+    return [Notice(False, text, "slides")]
 
 
 def _judge_consistency(done: Sequence[SlideSummary]) -> list[Notice]:
@@ -405,7 +422,7 @@ def needs_look(slide: SlideSummary) -> bool:
     """Whether something of a done slide wants a person's eye."""
     is_low = slide.consistency is not None and slide.consistency.share_below > 0
     has_seam = slide.seam is not None and not judge_seam(slide.seam)[0]
-    return bool(slide.damage) or is_low or has_seam
+    return bool(slide.damage) or bool(slide.warnings) or is_low or has_seam
 
 
 def _mime(content: bytes, name: str) -> str:
@@ -427,15 +444,33 @@ def _slide_facts(slide: SlideSummary) -> list[tuple[str, str]]:
     )
     parts = "" if slide.num_parts is None else f" in {plural(slide.num_parts, 'part')}"
     return [
+        *(("Unlike training", warning) for warning in slide.warnings),
         ("Input", slide.uri),
         ("Output", slide.output_uri or "–"),
         ("LR → SR, px", f"{format_extent(slide.lr_extent)} → {format_extent(sr_extent)}"),
         ("MPP, µm", format_mpp(slide)),
+        *_lr_facts(slide),
         ("Background", f"{format_fraction(background_share(slide))} not inferred"),
         ("Blocks", f"{format_count(slide.num_blocks)}{resumed}"),
         ("Size", f"{format_bytes(slide.size_bytes)}{parts}, {format_duration(slide.seconds)}"),
         ("Engine", ": ".join(filter(None, (slide.engine, accuracy))) or "–"),
     ]
+
+
+def _lr_facts(slide: SlideSummary) -> list[tuple[str, str]]:
+    """What was found out about the input's pixels."""
+    if slide.lr is None:
+        return []
+    facts = [("Stored as", slide.lr.compression)] if slide.lr.compression else []
+    if slide.lr.blur_px is not None:
+        value, low, high = slide.lr.blur_px
+        facts.append(("Softness", f"as by a blur of {value:.2f} ({low:.2f}–{high:.2f}) HR px"))
+    if slide.lr.numbers:
+        listed = ", ".join(
+            f"{name.replace('_', ' ')} {value:.2f}" for name, value in slide.lr.numbers.items()
+        )
+        facts.append(("Said of LR" if slide.lr.is_told else "Network's estimate", listed))
+    return facts
 
 
 def list_seams(slides: Sequence[SlideSummary], pictures: Mapping[str, bytes]) -> list[SeamFigure]:

@@ -139,7 +139,11 @@ class _Run:
         check_group(config, engine, num_workers=self.group.world_size)
         set_up(engine, self.device)
         self.folder = RunFolder(uri=output, keep_checkpoints=engine.keep_checkpoints)
-        self.identity = {"uri": dataset.uri, "digest": dataset_digest(dataset)}
+        self.identity = {
+            "uri": dataset.uri,
+            "digest": dataset_digest(dataset),
+            "hr_mpp": dataset.mpp_range,
+        }
         if self.group.rank == 0:
             self.folder.begin(config, dataset=self.identity, overwrite=engine.overwrite)
         self.group.barrier()

@@ -42,7 +42,7 @@ def main(
             raise CarnError("no images were named")
         with logging_redirect_tqdm():
             outcomes = Counter(upscale_images(images, config, progress=shown).values())
-    except CarnError as error:
+    except (CarnError, ValueError) as error:
         logger.error("%s", error)
         return 2
     logger.info(

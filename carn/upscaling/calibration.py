@@ -1,27 +1,33 @@
-"""What is settled once per slide: the means that global poolings are frozen at, and how exact the
-engine is on this slide's own pixels.
+"""What is settled once per slide: the means that global poolings are frozen at, what an adaptive
+network takes the LR for, how sharp the tissue is, and how exact the engine is on its pixels.
 """
 
+import dataclasses
 import itertools
+import json
 import logging
 import math
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from carn.degradation.describe import BLOCK_PX, Estimate, PixelEstimates, describe_windows
+from carn.degradation.numbers import NUMBERS
 from carn.errors import CarnError, DamagedTileError
+from carn.models.adaptive_carn import AdaptiveCarn
 from carn.models.swdnet import SwdNet
 from carn.slides.slide import Rgb
 from carn.upscaling.accuracy import compare
 from carn.upscaling.engine import Engine, free_memory, if_memory_suffices, reference_engine
 from carn.upscaling.lr_view import LrView
-from carn.upscaling.pooling import MAX_POOLED_PX, Pooling, has_pooling, pool_over
+from carn.upscaling.pooling import MAX_POOLED_PX, Pooling, frozen, has_pooling, pool_over
 from carn.upscaling.windows import CELL_PX, TissueCells
 
 logger = logging.getLogger(__name__)
@@ -43,15 +49,24 @@ class Calibration:
         accuracy_db: PSNR of the engine's results, before they are rounded to 8 bits, against the
             float32 reference's on some of the slide's tissue, over all px and channels; infinite
             where they are equal, NaN where it was not measured.
+        numbers: what an adaptive network takes the LR for, by the names of
+            `carn.degradation.numbers.NUMBERS`; empty for other networks, and where each window
+            pools for itself.
+        pixels: sharpness of the tissue; None where it was not looked at.
     """
 
     pooling: Pooling | None
     accuracy_db: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    pixels: PixelEstimates | None = None
 
     def to_bytes(self) -> bytes:
         """As bytes for another process; `from_bytes` is the way back."""
-        head = struct.pack("<d?", self.accuracy_db, self.pooling is not None)
-        return head + (self.pooling.to_bytes() if self.pooling else b"")
+        pixels = self.pixels and dataclasses.asdict(self.pixels)
+        facts = {"accuracy_db": self.accuracy_db, "numbers": dict(self.numbers), "pixels": pixels}
+        head = json.dumps(facts).encode()
+        means = self.pooling.to_bytes() if self.pooling else b""
+        return struct.pack("<I", len(head)) + head + means
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
@@ -61,12 +76,22 @@ class Calibration:
             CarnError: the bytes are something else.
         """
         try:
-            accuracy_db, has_means = struct.unpack_from("<d?", content)
-        except struct.error as error:
+            (length,) = struct.unpack_from("<I", content)
+            start, stop = struct.calcsize("<I"), struct.calcsize("<I") + length
+            facts = json.loads(content[start:stop])
+            pixels = facts["pixels"] and _pixels_of(facts["pixels"])
+            accuracy_db, numbers = float(facts["accuracy_db"]), dict(facts["numbers"])
+        except (struct.error, ValueError, KeyError, TypeError) as error:
             raise CarnError(f"these {len(content)} bytes are no stored calibration") from error
-        rest = content[struct.calcsize("<d?") :]
-        pooling = Pooling.from_bytes(rest) if has_means else None
-        return cls(pooling=pooling, accuracy_db=accuracy_db)
+        pooling = Pooling.from_bytes(content[stop:]) if content[stop:] else None
+        return cls(pooling=pooling, accuracy_db=accuracy_db, numbers=numbers, pixels=pixels)
+
+
+def _pixels_of(values: Mapping[str, Any]) -> PixelEstimates:
+    estimates = {
+        name: values[name] and Estimate(**values[name]) for name in ("blur_px", "noise_levels")
+    }
+    return PixelEstimates(**{**values, **estimates})
 
 
 def calibrate(
@@ -133,7 +158,25 @@ def calibrate(
         reference.set_pooling(pooling)
         probes = _probes(windows, number=num_probes, halo_px=halo, side_px=side_px)
         accuracy_db = compare(engine, reference, probes).psnr_db
-    return Calibration(pooling=pooling, accuracy_db=accuracy_db)
+    return Calibration(
+        pooling=pooling,
+        accuracy_db=accuracy_db,
+        numbers=_numbers(model, pooling),
+        # Of images smaller than a block nothing is told.
+        pixels=describe_windows(windows) if min(windows[0].shape[:2]) >= BLOCK_PX else None,
+    )
+
+
+def _numbers(model: nn.Module, pooling: Pooling | None) -> dict[str, float]:
+    """What an adaptive network takes LR for where its poolings are frozen; nothing of others."""
+    if pooling is None or not isinstance(model, AdaptiveCarn):
+        return {}
+    adaptive = frozen(model, pooling)
+    assert isinstance(adaptive, AdaptiveCarn)
+    with torch.no_grad():
+        # Frozen, the estimate does not depend on pixels.
+        found = adaptive.numbers(torch.zeros(1, 3, 8, 8, device=adaptive.told.device))
+    return dict(zip(NUMBERS, found.flatten().tolist(), strict=True))
 
 
 def sample_windows(

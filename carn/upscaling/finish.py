@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from carn.report.sr_records import (
     ConsistencySummary,
     DamagedPlace,
     LowPlace,
+    LrSummary,
     PictureKind,
     Seam,
     SlideSummary,
@@ -26,6 +27,7 @@ from carn.upscaling import consistency
 from carn.upscaling.calibration import Calibration
 from carn.upscaling.outbox import is_done, mark_done, publish_notes, stage_notes, unmark
 from carn.upscaling.showing import JPEG_PX, SHOWN, jpeg, rim_px
+from carn.upscaling.suitability import pixel_warnings
 from carn.upscaling.task import SlidePlan, SlideTask, key_of
 from carn.upscaling.work import (
     ICC_NAME,
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 # What the notes beside a slide repeat of its summary.
 NOTED = (
     *("lr_extent", "mpp_in", "mpp_out", "num_blocks", "num_inferred_px", "num_background_px"),
-    *("engine", "accuracy_db", "consistency", "damage"),
+    *("engine", "accuracy_db", "consistency", "damage", "lr", "warnings"),
 )
 # Places below the threshold that are listed of one slide: the lowest ones.
 MAX_LISTED = 200
@@ -87,13 +89,16 @@ def finish(
         shown |= {name: facts[name] for name in SHOWN if name in facts}
     errors = consistency.join(maps, extent_sr=plan.spec.extent, scale=task.scale)
     heat_map = consistency.heat_map_png(errors)
-    known_accuracy_db = _least_accuracy(plan)
+    calibrations = _calibrations(plan)
+    known_db = [item.accuracy_db for item in calibrations if not math.isnan(item.accuracy_db)]
     check_identity(task)
     summary = replace(
         _begun_summary(plan),
         damage=tuple(damage),
         engine="; ".join(sorted(engines)),
-        accuracy_db=known_accuracy_db,
+        accuracy_db=min(known_db, default=None),
+        lr=_lr_summary(plan, calibrations),
+        warnings=(*plan.warnings, *_sharpness_warnings(plan, calibrations)),
         consistency=_summarized(errors, plan, threshold_db=threshold_db),
         seam=_seam(shown, task.scale),
         num_inferred_px=num_inferred_px,
@@ -155,19 +160,36 @@ def _noted(plan: SlidePlan) -> SlideSummary:
     task = plan.task
     notes = json.loads(storage.read_bytes(storage.join(task.output, f"{task.name}.json")))
     facts = json.loads(_begun_summary(plan).to_json())
-    facts |= {name: notes[name] for name in NOTED}
+    # Notes of an earlier version do not say everything.
+    facts |= {name: notes[name] for name in NOTED if name in notes}
     return replace(
         SlideSummary.from_json(json.dumps(facts)), size_bytes=storage.stat(task.committed_uri).size
     )
 
 
-def _least_accuracy(plan: SlidePlan) -> float | None:
-    """Of the engines that were tried on the slide; None where none could be."""
-    found = [
-        Calibration.from_bytes(storage.read_bytes(item.uri)).accuracy_db
+def _calibrations(plan: SlidePlan) -> list[Calibration]:
+    """Those of all engines that worked on the slide; their windows are the same."""
+    return [
+        Calibration.from_bytes(storage.read_bytes(item.uri))
         for item in storage.list_prefix(calibration_uri(plan, ""))
     ]
-    return min((value for value in found if not math.isnan(value)), default=None)
+
+
+def _lr_summary(plan: SlidePlan, calibrations: Sequence[Calibration]) -> LrSummary:
+    """What was found out about the input's pixels."""
+    found = calibrations[0] if calibrations else None
+    blur = found.pixels.blur_px if found and found.pixels else None
+    return LrSummary(
+        compression=plan.compression,
+        blur_px=None if blur is None else (blur.value, blur.low, blur.high),
+        numbers=found.numbers if found else {},
+        is_told=bool(plan.task.told),
+    )
+
+
+def _sharpness_warnings(plan: SlidePlan, calibrations: Sequence[Calibration]) -> tuple[str, ...]:
+    pixels = calibrations[0].pixels if calibrations else None
+    return pixel_warnings(plan.task.trained, pixels=pixels, mpp=plan.mpp)
 
 
 def _rgb_profile(plan: SlidePlan) -> bytes | None:

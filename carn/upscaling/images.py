@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,13 +22,16 @@ from carn import storage
 from carn.errors import CarnError, MissingObjectError, SlideError
 from carn.models.checkpoint import checkpoint_hash, load_model, read_checkpoint
 from carn.models.shipped import shipped_for
+from carn.slides.compression import read_compression
 from carn.slides.image import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from carn.slides.slide import MAX_REGION_PX, Rgb
 from carn.slides.slide_output import NOTICE
 from carn.upscaling.blocks import block_region, num_blocks, read_block, upscale_block
-from carn.upscaling.calibration import calibrate
+from carn.upscaling.calibration import Calibration, calibrate
 from carn.upscaling.engine import Engine, EngineConfig, make_engine
 from carn.upscaling.lr_view import InputConfig, LrView, open_view
+from carn.upscaling.suitability import TrainingRange, file_warnings, pixel_warnings
+from carn.upscaling.telling import tell, told_by
 from carn.version import code_version
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,10 @@ class UpscaleImages:
     checkpoint: str | None = None
     """Folder or prefix of a training run (its best checkpoint) or checkpoint, a .safetensors file,
     or the name of a network that comes with the project; None for that network at x2."""
+    lr_like: str | None = None
+    """How LR was made, said by hand to a network that adapts to it: a condition by name, such as
+    jpeg80-420, or a .yaml file with one (docs/degradation.md). None: it is estimated for each
+    image."""
     input: InputConfig = field(default_factory=InputConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     overwrite: bool = False
@@ -89,6 +96,8 @@ def upscale_images(
     uris = list_images(images)
     checkpoint = read_checkpoint(config.checkpoint or shipped_for(None))
     model = load_model(checkpoint)
+    told = told_by(config.lr_like, scale=checkpoint.scale)
+    tell(model, told, network=checkpoint.uri)
     engine = make_engine(model, config.engine)
     weights = checkpoint_hash(checkpoint)
     owners: dict[str, str] = {}
@@ -106,6 +115,8 @@ def upscale_images(
                 model=model,
                 engine=engine,
                 weights=weights,
+                told=told,
+                trained=TrainingRange.of(checkpoint),
                 is_first="written" not in outcomes.values(),
             )
         except CarnError as error:
@@ -145,6 +156,8 @@ def _upscale_image(
     model: nn.Module,
     engine: Engine,
     weights: str,
+    told: Mapping[str, float],
+    trained: TrainingRange | None,
     is_first: bool,
 ) -> Outcome:
     # What decides over the pixels, but for roundings; no path, which may name a patient.
@@ -153,10 +166,11 @@ def _upscale_image(
         "checkpoint": weights,
         "input_config": dataclasses.asdict(config.input),
         "self_ensemble": engine.self_ensemble,
+        "told": dict(told),
     }
     if not config.overwrite and storage.is_file(output_uri):
         # Files made before there was a choice do not say that it is off.
-        made_from = {"self_ensemble": False} | (read_provenance(output_uri) or {})
+        made_from = {"self_ensemble": False, "told": {}} | (read_provenance(output_uri) or {})
         if source.items() <= made_from.items():
             return "skipped"
         raise SlideError(
@@ -165,14 +179,24 @@ def _upscale_image(
             "another output, or say --overwrite",
         )
     with open_view(uri, config.input, is_image=True) as view:
+        pixels, found = upscale_view(view, model, engine, is_measured=is_first)
+        compression = read_compression(view.slide, level=view.level)
+        warnings = (
+            *file_warnings(trained, compression=compression, mpp=view.mpp),
+            *pixel_warnings(trained, pixels=found.pixels, mpp=view.mpp),
+        )
+        for warning in warnings:
+            logger.warning("%s: %s", uri, warning)
         provenance = source | {
             "scale": engine.scale,
             "engine": engine.description,
             "code_version": code_version(),
             "notice": NOTICE,
+            "lr": {"compression": str(compression), "numbers": dict(found.numbers)},
+            "warnings": list(warnings),
         }
         content = encode_png(
-            upscale_view(view, model, engine, is_measured=is_first),
+            pixels,
             provenance=provenance,
             mpp=view.mpp and (view.mpp[0] / engine.scale, view.mpp[1] / engine.scale),
             icc_profile=view.icc_profile,
@@ -188,7 +212,7 @@ def upscale_view(
     *,
     block_px: int = BLOCK_PX,
     is_measured: bool = False,
-) -> Rgb:
+) -> tuple[Rgb, Calibration]:
     """All of a view, super-resolved in memory, its poolings frozen at those of the whole view.
 
     Args:
@@ -199,7 +223,7 @@ def upscale_view(
         is_measured: hold the engine against float32 on one place, and warn where it is far off.
 
     Returns:
-        (scale * height, scale * width, 3) uint8 RGB.
+        (scale * height, scale * width, 3) uint8 RGB, and what was settled for the whole view.
 
     Raises:
         SlideError: the result would have more than MAX_REGION_PX.
@@ -227,7 +251,7 @@ def upscale_view(
         lr_block = read_block(view, region, on_damage=view.config.on_damaged_tile)
         made = upscale_block(lr_block, engine)
         sr[region.y0 : region.y1, region.x0 : region.x1] = made.pixels
-    return sr
+    return sr, found
 
 
 # ----------------------------------------------------------------------------------------- PNG

@@ -3,13 +3,15 @@
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 from urllib.parse import quote
 
 from carn import storage
 from carn.slides.slide_output import OutputSpec, SlideFormat
 from carn.upscaling.lr_view import InputConfig
+from carn.upscaling.suitability import TrainingRange
 
 # Longest file name that a slide's own name becomes: file systems take 255 bytes with suffixes.
 MAX_KEY = 150
@@ -43,6 +45,9 @@ class SlideTask:
         output: folder or prefix of all slides.
         block_px: side of a block in SR px.
         code_version: of the run; workers must not each look at their own.
+        told: how LR was made, for an adaptive network, as `AdaptiveCarn.tell` takes it; empty where
+            it estimates that itself.
+        trained: what the network was trained on; decides nothing but what is warned of.
     """
 
     name: str
@@ -62,6 +67,8 @@ class SlideTask:
     block_px: int
     code_version: str
     self_ensemble: bool = False
+    told: Mapping[str, float] = field(default_factory=dict)
+    trained: TrainingRange | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -72,8 +79,9 @@ class SlideTask:
         """All that decides the pixels, beside the input and the network."""
         every = asdict(self)
         settings = {name: every[name] for name in ("input", "pixels", "precision", "format")}
-        # Left out where it is off, for slides that were finished before there was a choice.
-        return settings | ({"self_ensemble": True} if self.self_ensemble else {})
+        # Left out where they are off, for slides that were finished before there was a choice.
+        settings |= {"self_ensemble": True} if self.self_ensemble else {}
+        return settings | ({"told": dict(self.told)} if self.told else {})
 
     def provenance(self) -> dict[str, Any]:
         """What the output says of its making; names of files and folders stay out of it."""
@@ -126,6 +134,7 @@ class SlideTask:
         content["input"] = InputConfig(**content["input"])
         content["pixels"] = PixelConfig(**content["pixels"])
         content["format"] = SlideFormat(**content["format"])
+        content["trained"] = TrainingRange.from_json_values(content["trained"])
         return cls(**content)
 
 
@@ -143,6 +152,8 @@ class SlidePlan:
         num_blocks: of the whole slide.
         done: blocks that are on storage already.
         tissue_share: share of the cells that are inferred.
+        compression: how the level that is read is stored, in words.
+        warnings: in what the file is unlike what the network was trained on.
         show: the block whose crop is shown; its right neighbour shows the seam.
         show_cell: (x, y) LR px of the top-left corner of the crop.
     """
@@ -156,6 +167,8 @@ class SlidePlan:
     num_blocks: int
     done: tuple[int, ...]
     tissue_share: float
+    compression: str
+    warnings: tuple[str, ...]
     show: int
     show_cell: tuple[int, int]
 
@@ -170,7 +183,8 @@ class SlidePlan:
         content = json.loads(text)
         content["task"] = SlideTask.from_json(content["task"])
         content["spec"] = OutputSpec.from_json(content["spec"])
-        for name in ("lr_extent", "mpp", "downsample", "l0_extent", "done", "show_cell"):
+        pairs = ("lr_extent", "mpp", "downsample", "l0_extent", "show_cell")
+        for name in (*pairs, "done", "warnings"):
             content[name] = content[name] and tuple(content[name])
         return cls(**content)
 

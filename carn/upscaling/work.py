@@ -18,6 +18,7 @@ from torch import nn
 from carn import storage
 from carn.errors import DamagedTileError, MissingObjectError, SlideError
 from carn.models.checkpoint import load_model
+from carn.slides.compression import read_compression
 from carn.slides.slide import Rgb
 from carn.slides.slide_output import OutputSpec, SlideOutput, open_output
 from carn.slides.tiff_output import MAX_BLOCKS
@@ -33,7 +34,9 @@ from carn.upscaling.calibration import Calibration, calibrate
 from carn.upscaling.engine import Engine, EngineConfig, make_engine, reference_engine
 from carn.upscaling.lr_view import LrView, open_view
 from carn.upscaling.showing import choose_show, jpeg, shown_facts
+from carn.upscaling.suitability import file_warnings
 from carn.upscaling.task import SlidePlan, SlideTask
+from carn.upscaling.telling import tell
 from carn.upscaling.windows import TissueCells
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,7 @@ def inspect(task: SlideTask) -> SlidePlan:
         show, show_cell = choose_show(
             cells, extent_lr=view.extent, block_px=block_px, scale=scale, thumbnail=thumbnail
         )
+        compression = read_compression(view.slide, level=view.level)
         return SlidePlan(
             task=task,
             spec=spec,
@@ -94,6 +98,8 @@ def inspect(task: SlideTask) -> SlidePlan:
             num_blocks=output.num_blocks,
             done=tuple(sorted(done)),
             tissue_share=1.0 if cells is None else float(cells.cells.mean()),
+            compression=str(compression),
+            warnings=file_warnings(task.trained, compression=compression, mpp=view.mpp),
             show=show,
             show_cell=show_cell,
         )
@@ -263,11 +269,12 @@ class BlockMaker:
 
     def _networks(self, plan: SlidePlan) -> tuple[nn.Module, Engine, Engine]:
         """The network, the engine that runs it, and the one that is right by definition."""
-        key = plan.task.checkpoint_hash
+        key = json.dumps([plan.task.checkpoint_hash, dict(plan.task.told)])
         if key not in self._engines:
             # On the engine's device: pooling and the reference are computed where the model lies.
             device = "cuda" if self._config.device == "cuda" else "cpu"
             model = load_model(plan.task.checkpoint, device=device, expect_scale=plan.task.scale)
+            tell(model, plan.task.told, network=plan.task.checkpoint)
             engine = make_engine(model, self._config)
             reference = reference_engine(model, self_ensemble=engine.self_ensemble)
             self._engines[key] = model, engine, reference

@@ -8,6 +8,7 @@ import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ from carn.models.shipped.recipe import (
     prepare_images,
     published_at,
     read_recipe,
+    varied,
 )
 from carn.training.config import TrainConfig, resolve
 from carn.training.recipes import recipe as training_recipe
@@ -230,7 +232,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Recip
         name: {"repository": f"https://example.org/{name}", "commit": "c0ffee", "images": found}
         for name, found in rows.items()
     }
-    text = yaml.safe_dump({"weights_sha256": "", "config": CONFIG, "sources": sources})
+    recipe = {"weights_sha256": "", "config": CONFIG, "hr_mpp": [0.25, 0.5], "sources": sources}
+    text = yaml.safe_dump(recipe)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "small.yaml").write_text(text)
     monkeypatch.setattr(recipes, "FOLDER", tmp_path / "recipes")
@@ -354,6 +357,40 @@ def test_halving_is_the_mean_of_four() -> None:
     assert halved(np.full((2, 2, 3), 255, dtype=np.uint8)).max() == 255
 
 
+def test_copies_are_other_stains_and_other_scales_of_the_same_tissue() -> None:
+    pixels = np.full((300, 260, 3), 240, dtype=np.uint8)
+    pixels[100:200, 80:180] = (150, 90, 170)
+    found = [varied(pixels, seed=f"image {number}") for number in range(24)]
+    smaller = [image for image in found if image.shape != pixels.shape]
+    stained = [image for image in found if image.shape == pixels.shape]
+    assert len(smaller) >= 6
+    assert len(stained) >= 6
+    for image in smaller:
+        assert min(image.shape[:2]) >= 128
+        assert image.shape[0] / image.shape[1] == pytest.approx(300 / 260, rel=0.02)
+    for image in stained:
+        assert (image[0, 0] > 200).all()  # glass stays bright
+        assert image[150, 130].mean() < image[0, 0].mean()
+    assert len({image[150, 130].tobytes() for image in stained}) == len(stained)
+    assert np.array_equal(varied(pixels, seed="a"), varied(pixels, seed="a"))
+    # Patches of 128 px must fit.
+    assert varied(pixels[:130, :130], seed="image 1").shape[0] >= 128
+
+
+def test_a_recipe_may_ask_for_a_copy_of_each_training_image(
+    small: Callable[[], Recipe], tmp_path: Path
+) -> None:
+    recipe = small()
+    counts = prepare_images(recipe, tmp_path / "down", tmp_path / "plain")
+    copied = replace(recipe, copies=True)
+    assert prepare_images(copied, tmp_path / "down", tmp_path / "copied")["all"] > counts["all"]
+    names = {path.name for path in (tmp_path / "copied" / "all").iterdir()}
+    copies = {name for name in names if name.endswith("_varied.png")}
+    assert copies
+    assert all(name.startswith("1_train_") for name in copies)
+    assert names - copies == {path.name for path in (tmp_path / "plain" / "all").iterdir()}
+
+
 def run_of(folder: Path) -> Checkpoint:
     return write_checkpoint(
         str(folder),
@@ -374,7 +411,11 @@ def test_packing_keeps_the_weights_and_leaves_the_rest(
     packed = pack(str(tmp_path / "run"), tmp_path / "packed", name="small")
     assert checkpoint_hash(packed) == checkpoint_hash(written)
     assert (packed.training, packed.step, packed.metrics) == ({"seed": 7}, 5, {"psnr": 30.0})
-    assert packed.dataset == {"digest": "sha256:12", "recipe": "small.yaml"}
+    assert packed.dataset == {
+        "digest": "sha256:12",
+        "recipe": "small.yaml",
+        "hr_mpp": [0.25, 0.5],
+    }
     assert not packed.files
     assert "somebody" not in (tmp_path / "packed" / "checkpoint.json").read_text()
     assert torch.equal(

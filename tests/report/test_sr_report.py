@@ -16,6 +16,7 @@ from carn.report.sr_records import (
     ConsistencySummary,
     DamagedPlace,
     LowPlace,
+    LrSummary,
     Pace,
     RunSummary,
     Seam,
@@ -24,6 +25,7 @@ from carn.report.sr_records import (
 from carn.report.sr_report import (
     MAX_LOW,
     MAX_SHOWN,
+    _slide_facts,
     background_share,
     choose_shown,
     find_notices,
@@ -37,6 +39,7 @@ from carn.report.sr_report import (
     list_facts,
     list_seams,
     measure_stages,
+    needs_look,
     order_slides,
     render,
 )
@@ -153,6 +156,29 @@ def test_page_reaches_for_nothing_outside_and_is_the_same_each_time() -> None:
     assert all(href.startswith("#") for href in parsed.attributes("href"))
     assert not re.search(r"https?:", html)
     assert set(re.findall(r"url\((.)", html)) <= {"#"}
+
+
+def test_the_page_says_what_is_unlike_training_and_what_lr_was_taken_for() -> None:
+    lr = LrSummary(
+        compression="JPEG, quality 40 by ijg tables (exact), chroma 4:2:0",
+        blur_px=(0.5, 0.25, 0.75),
+        numbers={"luma_step": 0.61},
+    )
+    odd = slide(lr=lr, warnings=("JPEG quality 40; net was trained on 50 to 97",))
+    plain = slide("other", lr=dataclasses.replace(lr, is_told=True))
+    assert needs_look(odd)
+    assert not needs_look(plain)
+    page = render(run(plain, odd), {})
+    assert "1 slide of 2 is unlike what the network was trained on" in page
+    assert page.count("JPEG quality 40; net was trained on 50 to 97") == 2
+    facts = dict(_slide_facts(odd))
+    assert facts["Unlike training"] == odd.warnings[0]
+    assert facts["Stored as"] == lr.compression
+    assert facts["Softness"] == "as by a blur of 0.50 (0.25–0.75) HR px"
+    assert facts["Network's estimate"] == "luma step 0.61"
+    assert "Said of LR" in dict(_slide_facts(plain))
+    found = run(odd)
+    assert RunSummary.from_json(found.to_json()) == found
 
 
 def test_the_page_says_whether_slides_are_self_ensembled() -> None:

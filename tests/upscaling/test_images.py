@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from carn.errors import MissingObjectError, SlideError
+from carn.degradation.numbers import NUMBERS
+from carn.errors import CheckpointError, MissingObjectError, SlideError
 from carn.models.checkpoint import checkpoint_hash, write_checkpoint
 from carn.slides.opening import open_image
 from carn.upscaling import images as images_module
@@ -28,8 +29,10 @@ from carn.upscaling.images import (
 )
 from carn.upscaling.lr_view import InputConfig, LrView
 from carn.upscaling.pooling import frozen, pool_over
+from carn.upscaling.telling import told_by
 from tests.conftest import Bucket, draw
 from tests.upscaling.lab import small_carn, view_of, whole
+from tests.upscaling.networks import network
 
 SCALE = 2
 
@@ -133,6 +136,41 @@ def test_other_weights_or_settings_are_no_reason_to_skip(
     assert outcomes(found) == {"a.png": "failed"}
     changed = config_for(checkpoint, tmp_path / "sr", input=InputConfig(mpp=0.5))
     assert outcomes(upscale_images([str(inbox / "a.png")], changed)) == {"a.png": "failed"}
+
+
+def test_what_lr_is_like_is_estimated_or_said_by_hand_and_stands_in_the_result(
+    inbox: Path, tmp_path: Path, checkpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    adaptive = write_checkpoint(
+        str(tmp_path / "adaptive"),
+        model=network("adaptive-carn"),
+        model_name="adaptive-carn",
+        training={"seed": 1},
+        step=None,
+        dataset=None,
+        metrics={},
+    ).uri
+    Image.fromarray(draw(70, 50)).save(inbox / "c.jpg", quality=80)
+    image, output = str(inbox / "c.jpg"), tmp_path / "sr"
+    plain = config_for(adaptive, output)
+    said = replace(plain, lr_like="jpeg80-420")
+    with caplog.at_level(logging.WARNING):
+        assert upscale_images([image], plain) == {image: "written"}
+    assert "JPEG quality 80; adaptive was trained on lossless LR alone" in caplog.text
+    own = read_provenance(str(output / "c_x2.png"))
+    assert own is not None
+    assert tuple(own["lr"]["numbers"]) == NUMBERS
+    assert own["lr"]["compression"].startswith("JPEG, quality 80")
+    assert len(own["warnings"]) == 1
+    assert upscale_images([image], plain) == {image: "skipped"}
+    assert upscale_images([image], said) == {image: "failed"}
+    assert upscale_images([image], replace(said, overwrite=True)) == {image: "written"}
+    told = read_provenance(str(output / "c_x2.png"))
+    assert told is not None
+    assert told["lr"]["numbers"] == pytest.approx(told_by("jpeg80-420", scale=2))
+    assert upscale_images([image], plain) == {image: "failed"}
+    with pytest.raises(CheckpointError, match="does not adapt"):
+        upscale_images([image], config_for(checkpoint, output, lr_like="mean"))
 
 
 def test_a_self_ensemble_is_no_reason_to_skip_nor_the_lack_of_one(

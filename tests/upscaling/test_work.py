@@ -12,6 +12,7 @@ import torch
 from PIL import ImageCms
 
 from carn import storage
+from carn.degradation.numbers import NUMBERS
 from carn.errors import SlideError
 from carn.models import build_model
 from carn.models.carn import CarnConfig
@@ -22,9 +23,12 @@ from carn.slides.slide_output import SlideFormat
 from carn.upscaling.engine import EngineConfig
 from carn.upscaling.finish import finish
 from carn.upscaling.lr_view import InputConfig
-from carn.upscaling.task import PixelConfig, SlideTask
+from carn.upscaling.suitability import TrainingRange
+from carn.upscaling.task import PixelConfig, SlidePlan, SlideTask
+from carn.upscaling.telling import told_by
 from carn.upscaling.work import BlockMaker, inspect
 from tests.conftest import draw
+from tests.upscaling.networks import network
 
 WriteSlide = Callable[..., Path]
 ICC_TAG = 34675
@@ -84,6 +88,75 @@ def test_a_self_ensembled_slide_says_so_and_has_a_self_ensembled_reference(
     notes = json.loads(Path(task.output, "case/One.json").read_text())
     assert notes["settings"]["self_ensemble"] is True
     assert "self-ensemble" in notes["engine"]
+
+
+def test_the_notes_say_what_the_input_is_like_and_what_is_unlike_training(
+    write_slide: WriteSlide, tmp_path: Path
+) -> None:
+    path = write_slide(extent=(150, 90), tile_px=64, num_levels=1)  # JPEG at 0.25 um per px
+    trained = TrainingRange(
+        network="net", jpeg_quality=None, blur_px=(0, 0), has_sharpened=False, lr_mpp=(0.5, 0.5)
+    )
+    task = replace(task_of(path, tmp_path), trained=trained)
+    assert SlideTask.from_json(task.to_json()) == task
+    assert task.digest == replace(task, trained=None).digest  # it decides nothing of the pixels
+    plan = inspect(task)
+    assert SlidePlan.from_json(plan.to_json()) == plan
+    maker = BlockMaker(EngineConfig(device="cpu", precision="fp32"), num_writers=1)
+    maker.calibrate(plan)
+    for index in range(plan.num_blocks):
+        maker.begin_block(plan, index)[0].result()
+    summary, _ = finish(plan, threshold_db=30, has_pictures=False)
+    assert summary.lr is not None
+    assert summary.lr.compression.startswith("JPEG, quality ")
+    assert summary.lr.numbers == {}
+    assert [text.split(";")[0].rstrip("0123456789") for text in summary.warnings] == [
+        "JPEG quality ",
+        "0.25 um per px",
+    ]
+    notes = json.loads(Path(task.output, "case/One.json").read_text())
+    assert notes["warnings"] == list(summary.warnings)
+    assert notes["lr"]["compression"] == summary.lr.compression
+    assert SlideSummary.from_json(summary.to_json()) == summary
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_the_notes_of_an_adaptive_network_say_what_it_took_the_slide_for(
+    is_told: bool, write_slide: WriteSlide, tmp_path: Path
+) -> None:
+    path = write_slide(extent=(150, 90), tile_px=64, num_levels=1)
+    task = task_of(path, tmp_path)
+    checkpoint = write_checkpoint(
+        str(tmp_path / "adaptive"),
+        model=network("adaptive-carn"),
+        model_name="adaptive-carn",
+        training=None,
+        step=0,
+        dataset=None,
+        metrics={},
+    )
+    told = told_by("jpeg80-420", scale=2) if is_told else {}
+    task = replace(
+        task,
+        checkpoint=checkpoint.uri,
+        checkpoint_hash=checkpoint_hash(checkpoint),
+        model="adaptive-carn",
+        told=told,
+    )
+    assert (task.digest == replace(task, told={}).digest) is not is_told
+    plan = inspect(SlideTask.from_json(task.to_json()))
+    maker = BlockMaker(EngineConfig(device="cpu", precision="fp32"), num_writers=1)
+    maker.calibrate(plan)
+    for index in range(plan.num_blocks):
+        maker.begin_block(plan, index)[0].result()
+    summary, _ = finish(plan, threshold_db=30, has_pictures=False)
+    assert summary.lr is not None
+    assert summary.lr.is_told is is_told
+    assert tuple(summary.lr.numbers) == NUMBERS
+    assert not is_told or summary.lr.numbers == pytest.approx(told)
+    notes = json.loads(Path(task.output, "case/One.json").read_text())
+    assert notes["lr"]["numbers"] == pytest.approx(dict(summary.lr.numbers))
+    assert notes["settings"].get("told", {}) == pytest.approx(told)
 
 
 def upscaled(path: Path, folder: Path, *, scale: int) -> tuple[Path, SlideSummary, set[str]]:

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from jaxtyping import UInt8
 from PIL import Image
+from skimage.color import colorconv
 
 from carn import storage
 from carn.errors import CheckpointError, DatasetError
@@ -36,6 +37,13 @@ Split = Literal["train", "validation", "test"]
 # `build_bcsr.py --split numbered` takes the last images by name for testing, and for validation
 # those before them.
 _ORDER: Mapping[Split, int] = {"train": 1, "validation": 2, "test": 3}
+# Smallest side of a copy: one patch.
+_LEAST_SIDE_PX = 128
+# Colours of pairs of stains: haematoxylin and eosin, haematoxylin and DAB, fast red and fast blue,
+# methyl green and DAB, haematoxylin and AEC, haematoxylin and PAS.
+_STAINS = tuple(
+    getattr(colorconv, f"rgb_from_{name}") for name in ("hed", "hdx", "rbd", "gdx", "hax", "hpx")
+)
 # No image of a recipe is near it; a folder may hold slides as well, which need not be hashed.
 MAX_IMAGE_BYTES = 64 << 20
 
@@ -70,6 +78,10 @@ class Recipe:
         name: of the network.
         sources: where images were published, under which licence, and what they show.
         images: all of them.
+        copies: whether each training image is there a second time, in another stain or smaller:
+            see `varied`.
+        hr_mpp: um per px of the images, least and largest; None where it is not said. Images do not
+            say it themselves.
         config: settings of `train.py` by name.
         weights_sha256: of the weights that came of it.
     """
@@ -77,6 +89,8 @@ class Recipe:
     name: str
     sources: Mapping[str, Mapping[str, Any]]
     images: tuple[ImageRow, ...]
+    copies: bool
+    hr_mpp: tuple[float, float] | None
     config: Mapping[str, Any]
     weights_sha256: str
 
@@ -92,10 +106,15 @@ def read_recipe(name: str) -> Recipe:
         known = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml")))
         raise CheckpointError(f"there is no recipe {name}; there are {known}")
     content = yaml.safe_load(path.read_text())
-    sources = content["sources"]
+    sources, copies, hr_mpp = (
+        content["sources"],
+        content.get("copies", False),
+        content.get("hr_mpp"),
+    )
     if isinstance(sources, str):  # those of another recipe
         other = read_recipe(sources)
-        images, sources = other.images, other.sources
+        images, sources, copies = other.images, other.sources, other.copies
+        hr_mpp = other.hr_mpp
     else:
         images = tuple(
             ImageRow(source=source, **row)
@@ -106,6 +125,8 @@ def read_recipe(name: str) -> Recipe:
         name=name,
         sources=sources,
         images=images,
+        copies=copies,
+        hr_mpp=hr_mpp and (hr_mpp[0], hr_mpp[1]),
         config=content["config"],
         weights_sha256=content["weights_sha256"],
     )
@@ -184,10 +205,14 @@ def prepare_images(recipe: Recipe, sources: Path, output: Path) -> dict[str, int
         folders = ["all"] if row.split == "train" else ["all", f"{row.split}/{row.source}"]
         for suffix, pixels in _pieces(read_rgb(places[row.sha256]), row):
             stem = f"{_ORDER[row.split]}_{row.split}_{row.source}_{Path(row.path).stem}{suffix}"
+            made = {stem: pixels}
+            if recipe.copies and row.split == "train":
+                made[f"{stem}_varied"] = varied(pixels, seed=stem)
             for folder in folders:
                 (output / folder).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(output / folder / f"{stem}.png")
-                counts[folder] = counts.get(folder, 0) + 1
+                for name, image in made.items():
+                    Image.fromarray(image).save(output / folder / f"{name}.png")
+                counts[folder] = counts.get(folder, 0) + len(made)
     return counts
 
 
@@ -210,7 +235,8 @@ def pack(run: str, folder: Path, *, name: str, overwrite: bool = False) -> Check
             says, something is in the folder already, or as `read_checkpoint`.
         AccessDeniedError, StorageError: as `read_checkpoint`.
     """
-    config = read_recipe(name).config
+    recipe = read_recipe(name)
+    config = recipe.config
     checkpoint = read_checkpoint(run)
     wanted, is_ = (config["model"], config["scale"]), (checkpoint.model_name, checkpoint.scale)
     if wanted != is_:
@@ -227,7 +253,11 @@ def pack(run: str, folder: Path, *, name: str, overwrite: bool = False) -> Check
             model_name=checkpoint.model_name,
             training=checkpoint.training,
             step=checkpoint.step,
-            dataset={"digest": (checkpoint.dataset or {}).get("digest"), "recipe": f"{name}.yaml"},
+            dataset={
+                "digest": (checkpoint.dataset or {}).get("digest"),
+                "recipe": f"{name}.yaml",
+                "hr_mpp": recipe.hr_mpp,
+            },
             metrics=checkpoint.metrics,
         )
         if checkpoint_hash(written) != checkpoint_hash(checkpoint):
@@ -267,6 +297,34 @@ def halved(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
     small: UInt8[np.ndarray, "h2 w2 3"]
     small = ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) // 4).astype(np.uint8)
     return small
+
+
+def varied(pixels: UInt8[np.ndarray, "h w 3"], *, seed: str) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Vary an image as other laboratories and magnifications do: another stain, or smaller.
+
+    Half of the images become smaller, by a factor of 0.5 to 0.85 and one of four filters, but none
+    smaller than 128 px. The others are separated into haematoxylin, eosin and the rest, and put
+    together again with other amounts and the colours of another pair of stains, such as
+    haematoxylin and DAB.
+
+    Args:
+        pixels: H&E on white.
+        seed: what the draw depends on.
+    """
+    rng = np.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
+    if rng.random() < 0.5:
+        height, width = pixels.shape[:2]
+        factor = max(rng.uniform(0.5, 0.85), min(1.0, _LEAST_SIDE_PX / min(height, width)))
+        size = (round(width * factor), round(height * factor))
+        filters = Image.Resampling
+        kernel = rng.choice([filters.BOX, filters.HAMMING, filters.BICUBIC, filters.LANCZOS])
+        small: UInt8[np.ndarray, "h2 w2 3"]
+        small = np.asarray(Image.fromarray(pixels).resize(size, filters(kernel)))
+        return small
+    density = -np.log((pixels.astype(np.float64) + 1) / 256)
+    amounts = density @ colorconv.hed_from_rgb * rng.uniform(0.6, 1.5, 3)
+    transmitted = np.exp(-amounts @ _STAINS[rng.integers(len(_STAINS))])
+    return np.clip(np.rint(256 * transmitted - 1), 0, 255).astype(np.uint8)
 
 
 def published_at(recipe: Recipe, row: ImageRow) -> str:
