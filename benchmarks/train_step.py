@@ -153,18 +153,21 @@ def read_store(folder: Path) -> TileStore:
 
 # ---------------------------------------------------------------------------------- the usual way
 
-Place = tuple[int, int, int, bool, bool, bool]
+Place = tuple[int, int, int, int, bool, bool, bool]
 
 
 class PlainTiles(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of patches on 0..255, by (tile, top, left, flip in x, flip in y, transpose)."""
+    """Pairs of patches on 0..255, by (tile, variant, top, left, flip in x, flip in y, transpose).
+
+    The variant is that of one LR image a tile.
+    """
 
     def __init__(self, folder: Path, *, patch_px: int) -> None:
         self._folder = folder
         self._patch_px = patch_px
 
     def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
-        tile, top, left, *turns = place
+        tile, _, top, left, *turns = place
         side = self._patch_px // SCALE
         hr = np.load(self._folder / f"hr{tile}.npy")
         lr = np.load(self._folder / f"lr{tile}.npy")
@@ -262,10 +265,10 @@ def our_steps(
         log = LossLog(batch_size=batch_size, group=group)
         losses = []
         for number in range(num_steps):
-            lr, hr = fixed if is_fixed else next(batches)
+            batch = fixed if is_fixed else next(batches)
             terms = player.update(
-                lr,
-                hr,
+                batch.lr,
+                batch.hr,
                 learning_rate=learning_rate(number, config),
                 weight=group.gradient_weight(batch_size),
                 gradient_clip=None,

@@ -139,8 +139,8 @@ def main(job: TrainJob) -> int:
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say where keys come from
     config, output = resolve(job.train), job.output_uri
     dataset = open_dataset(job.dataset)
-    check_dataset(dataset, config)
     folder = RunFolder(uri=output, keep_checkpoints=job.engine.keep_checkpoints)
+    check_dataset(dataset, config, is_begun=not job.engine.overwrite and bool(folder.steps()))
     folder.begin(
         config,
         dataset={"uri": dataset.uri, "digest": dataset_digest(dataset)},
@@ -156,15 +156,21 @@ def main(job: TrainJob) -> int:
     return 0
 
 
-def check_dataset(dataset: BcsrDataset, config: TrainConfig) -> None:
+def check_dataset(dataset: BcsrDataset, config: TrainConfig, *, is_begun: bool = False) -> None:
     """Find out before anything is started whether the dataset can be trained on.
+
+    Args:
+        dataset: what to train on.
+        config: how.
+        is_begun: the run has a checkpoint, and needs its starting point no more.
 
     Raises:
         DatasetError: there is nothing to train on.
         CheckpointError: training cannot start from the weights that it should.
         ValueError: a patch is larger than a tile, or a condition to validate under is not known.
     """
-    starting_point(config.network)
+    if not is_begun:
+        starting_point(config.network)
     validation_maker(config)
     if not dataset.num_tiles("train"):
         raise DatasetError(f"{dataset.uri} has no training tiles; build it with more tiles")

@@ -9,7 +9,7 @@ import yaml
 
 from carn import storage
 from carn.degradation.jpeg import SUBSAMPLINGS
-from carn.degradation.scanner import Degradation
+from carn.degradation.scanner import BICUBIC, Degradation
 from carn.degradation.variants import LrMaker
 from carn.slides.slide import Rgb
 
@@ -17,7 +17,7 @@ _SCANNED = Degradation(blur_px=0.8, mean_weight=1.0, noise_levels=1.5, jpeg_qual
 
 # From clean LR to what scanners store, at x2. Blur is in HR px.
 CONDITIONS: Mapping[str, Degradation] = {
-    "bicubic": Degradation(),
+    "bicubic": BICUBIC,
     "mean": Degradation(mean_weight=1.0),
     "jpeg90-420": Degradation(jpeg_quality=90),
     "jpeg80-420": Degradation(jpeg_quality=80),
@@ -30,7 +30,7 @@ CONDITIONS: Mapping[str, Degradation] = {
 }
 
 # What LR is made by where nobody says otherwise.
-DEFAULT: Mapping[str, Degradation] = {"bicubic": Degradation()}
+DEFAULT: Mapping[str, Degradation] = {"bicubic": BICUBIC}
 # Every one of CONDITIONS that is not named before.
 ALL = "all"
 # Names become folders and columns.

@@ -63,6 +63,10 @@ class Degradation:
             )
 
 
+# The paper's: antialiased bicubic interpolation, lossless.
+BICUBIC = Degradation()
+
+
 def apply(hr: Rgb, way: Degradation, *, scale: int, rng: np.random.Generator) -> Rgb:
     """Make LR of an HR image, HR cropped to a multiple of the scale.
 

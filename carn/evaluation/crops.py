@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from carn.bcsr.codec import encode
-from carn.degradation.scanner import Degradation
-from carn.evaluation.scoring import BICUBIC_LR, Protocol, pair, super_resolve
+from carn.degradation.scanner import BICUBIC, Degradation
+from carn.evaluation.scoring import Protocol, pair, super_resolve
 from carn.evaluation.statistics import mean_scores
 from carn.metrics import DATA_RANGE
 from carn.slides.slide import Rgb
@@ -129,7 +129,7 @@ def crop_strip(
     *,
     scale: int,
     protocol: Protocol,
-    way: Degradation = BICUBIC_LR,
+    way: Degradation = BICUBIC,
     side_px: int = CROP_PX,
     judged: Collection[str] | None = None,
 ) -> CropStrip:

@@ -13,15 +13,12 @@ from torch.nn import functional
 
 from carn.degradation.bicubic import crop_to_multiple
 from carn.degradation.conditions import apply_condition
-from carn.degradation.scanner import Degradation
+from carn.degradation.scanner import BICUBIC, Degradation
 from carn.errors import CarnError
 from carn.evaluation.lpips import Lpips
 from carn.metrics import convention, psnr, ssim, to_uint8
 from carn.slides.slide import Rgb
 from carn.upscaling.engine import is_out_of_memory
-
-# What LR is made by where nothing else is said.
-BICUBIC_LR = Degradation()
 
 # How LR is made of an HR tile. `aligned`: of HR cropped to a multiple of the scale, so that each LR
 # px covers scale x scale HR px. `misaligned`: of the whole tile, shrunk to floor(side / scale) px,
@@ -45,7 +42,7 @@ SCORES = pa.schema(
 
 
 def pair(
-    hr: Rgb, *, scale: int, protocol: Protocol, way: Degradation = BICUBIC_LR, tile: str = ""
+    hr: Rgb, *, scale: int, protocol: Protocol, way: Degradation = BICUBIC, tile: str = ""
 ) -> tuple[Rgb, Rgb]:
     """LR of a tile, and the part of the tile that its SR is compared with.
 
@@ -69,7 +66,7 @@ def pair(
     """
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol={protocol!r} is not one of {', '.join(get_args(Protocol))}")
-    if protocol == "misaligned" and way != BICUBIC_LR:
+    if protocol == "misaligned" and way != BICUBIC:
         raise ValueError(
             "protocol='misaligned' goes with bicubic interpolation alone; use 'aligned'"
         )
@@ -96,7 +93,7 @@ def score_tile(
     *,
     scale: int,
     protocol: Protocol,
-    way: Degradation = BICUBIC_LR,
+    way: Degradation = BICUBIC,
     lpips: Lpips | None = None,
 ) -> dict[str, Any]:
     """The scores of a model on one tile: a row of SCORES.
@@ -155,7 +152,7 @@ def score_tiles(
     *,
     scale: int,
     protocol: Protocol,
-    way: Degradation = BICUBIC_LR,
+    way: Degradation = BICUBIC,
     lpips: Lpips | None = None,
 ) -> pa.Table:
     """The scores of a model on tiles, in their order: a table of SCORES; see `score_tile`.

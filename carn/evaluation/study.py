@@ -28,12 +28,12 @@ from torch import nn
 from carn import storage
 from carn.bcsr.build import group_of
 from carn.bcsr.dataset import BcsrDataset, group_tiles
-from carn.degradation.scanner import Degradation
+from carn.degradation.scanner import BICUBIC, Degradation
 from carn.errors import CheckpointError, MissingObjectError
 from carn.evaluation.crops import CropStrip, crop_strip
 from carn.evaluation.lpips import Lpips, load_lpips
 from carn.evaluation.published import architecture_changes, loss_changes, loss_of, row_of
-from carn.evaluation.scoring import BICUBIC_LR, SCORES, Protocol, score_tiles
+from carn.evaluation.scoring import SCORES, Protocol, score_tiles
 from carn.evaluation.timing import Timing, paper_lr_px, time_model
 from carn.models.checkpoint import (
     Checkpoint,
@@ -129,7 +129,7 @@ class Measure:
     protocol: Protocol
     max_tiles: int | None
     lpips: tuple[str, str] | None
-    way: Degradation = BICUBIC_LR
+    way: Degradation = BICUBIC
 
     def digest(self, dataset_digest: str) -> str:
         """What tells scores by this measure from others'."""

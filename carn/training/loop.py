@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from carn import storage
 from carn.bcsr.dataset import BcsrDataset, open_dataset
 from carn.errors import CheckpointError, DivergedError, RunError
+from carn.models.checkpoint import Checkpoint
 from carn.models.table import build_model
 from carn.processor import has_bf16
 from carn.training.config import TrainConfig, learning_rate, resolve
@@ -148,8 +149,11 @@ class _Run:
             self.folder.begin(config, dataset=self.identity, overwrite=engine.overwrite)
         self.group.barrier()
         self.data: TrainingData = open_training_data(dataset, config, path=engine.data)
-        self._make_model(dataset)
-        self.progress = self._resume()
+        found = self.folder.newest()
+        # Rank 0's answer is everybody's.
+        step = self.group.broadcast(found[0].step or 0 if found else 0)
+        self._make_model(dataset, resumed=found[0] if found and step else None)
+        self.progress = self._resume(found, step=step)
         self.validator: Validator | None = None
         self.bicubic: Scores | None = None
         if dataset.num_tiles("validation"):
@@ -164,12 +168,15 @@ class _Run:
         self.losses = LossLog(batch_size=config.patches.batch_size, group=self.group)
         self.clock = self.begun = time.perf_counter()
 
-    def _make_model(self, dataset: BcsrDataset) -> None:
+    def _make_model(self, dataset: BcsrDataset, *, resumed: Checkpoint | None) -> None:
         network = self.config.network
         torch.manual_seed(self.config.seed)
-        start = starting_point(network)
-        mean = dataset.channel_means if start is None else start.mean or dataset.channel_means
-        model_config = network.model_config(mean)
+        # A run that goes on needs its starting point no more, which may be gone.
+        start = None if resumed is not None else starting_point(network)
+        mean = None if start is None else start.mean
+        if resumed is not None and (kept := resumed.model_config.get("mean")) is not None:
+            mean = (kept[0], kept[1], kept[2])
+        model_config = network.model_config(mean or dataset.channel_means)
         self.model = build_model(network.model, scale=network.scale, config=model_config)
         if start is not None:
             start.give_to(self.model)
@@ -337,11 +344,8 @@ class _Run:
         bad = torch.stack([(~torch.isfinite(tensor)).any().to(self.device) for tensor in kept])
         return not bool(self.group.sum(bad.double()).any())
 
-    def _resume(self) -> Progress:
-        """Put everything where the newest whole checkpoint left it."""
-        found = self.folder.newest()
-        # Rank 0's answer is everybody's.
-        step = self.group.broadcast(found[0].step or 0 if found else 0)
+    def _resume(self, found: tuple[Checkpoint, dict[str, Tensor]] | None, *, step: int) -> Progress:
+        """Put everything where the newest whole checkpoint left it, which is of this step."""
         if step == 0:
             return Progress()
         if found is None or found[0].step != step:

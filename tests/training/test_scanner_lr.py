@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,19 @@ def test_an_adaptive_network_starts_from_a_plain_one(dataset_uri: str, tmp_path:
     assert all(
         torch.equal(weight, again.tensors[name]) for name, weight in model.state_dict().items()
     )
+
+
+def test_a_run_goes_on_when_its_starting_point_is_gone(dataset_uri: str, tmp_path: Path) -> None:
+    start, whole, cut = (str(tmp_path / name) for name in ("start", "whole", "cut"))
+    run(tiny_config(steps=1), dataset_uri, start)
+    run(started(tiny_config(steps=4), start), dataset_uri, whole)
+    run(started(tiny_config(steps=2), start), dataset_uri, cut)
+    shutil.rmtree(start)
+    run(started(tiny_config(steps=4), start), dataset_uri, cut)
+    expected = weights_of(whole, 4)
+    assert all(torch.equal(weight, expected[n]) for n, weight in weights_of(cut, 4).items())
+    mean = read_checkpoint(whole).model_config["mean"]
+    assert read_checkpoint(cut).model_config["mean"] == mean
 
 
 def test_what_training_cannot_start_from_is_named(dataset_uri: str, tmp_path: Path) -> None:

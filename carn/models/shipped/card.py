@@ -25,7 +25,7 @@ from carn.models.checkpoint import load_model, read_checkpoint
 from carn.models.shipped.recipe import read_rgb
 
 BASELINE = "bicubic"
-(BICUBIC_LR,) = DEFAULT
+(DEFAULT_NAME,) = DEFAULT
 # `<order>_<split>_<source>_<image>`, as `prepare_images` calls them; the split and the source.
 _NAMED = re.compile(r"\d_(validation|test)_([a-z0-9-]+)_")
 
@@ -124,7 +124,7 @@ def read_scores(rows: Sequence[Mapping[str, Any]], name: str) -> list[Score]:
 
 
 def _condition_of(row: Mapping[str, Any]) -> str:
-    return str(row.get("condition", BICUBIC_LR))
+    return str(row.get("condition", DEFAULT_NAME))
 
 
 def _source_of(image: str) -> str:
@@ -198,7 +198,7 @@ def _conditions_table(scores: Sequence[Score], conditions: Sequence[str]) -> str
 
 
 def typical_images(
-    scores: Iterable[Score], name: str, *, condition: str = BICUBIC_LR
+    scores: Iterable[Score], name: str, *, condition: str = DEFAULT_NAME
 ) -> dict[str, str]:
     """Find the image of each source on which a network gains the median (the lower of two).
 
@@ -220,8 +220,8 @@ def crops_figure(
     images: Path,
     scores: Iterable[Score],
     *,
-    condition: str = BICUBIC_LR,
-    way: Degradation = DEFAULT[BICUBIC_LR],
+    condition: str = DEFAULT_NAME,
+    way: Degradation = DEFAULT[DEFAULT_NAME],
 ) -> Image.Image:
     """Draw crops side by side: LR enlarged by interpolation, SR, HR.
 
@@ -271,7 +271,7 @@ def crops_figure(
     if not rows:
         raise DatasetError("the evaluation has no test images")
     title = "LR, enlarged by interpolation"
-    if condition != BICUBIC_LR:
+    if condition != DEFAULT_NAME:
         title = f"LR of {condition}, interpolated"
     return _side_by_side(rows, [title, name, "HR"])
 
