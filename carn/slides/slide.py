@@ -71,6 +71,7 @@ class SlideProperties:
         objective_power: magnification as the file states it, or None.
         vendor: the format's name in OpenSlide's vocabulary (`aperio`, `generic-tiff`, ...).
         icc_profile: the embedded ICC profile, or None.
+        notes: what was decided against the file's own word, or where it has several.
     """
 
     mpp_x: float | None = None
@@ -78,6 +79,7 @@ class SlideProperties:
     objective_power: float | None = None
     vendor: str
     icc_profile: bytes | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Slide(ABC):

@@ -15,7 +15,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import simplejpeg
@@ -23,16 +22,15 @@ import tifffile
 from numpy.typing import NDArray
 
 from carn.errors import SlideError
-from carn.plain_xml import parse_xml
 from carn.slides.slide import (
     Level,
     Rgb,
     Slide,
     SlideProperties,
     level_downsamples,
-    plausible_mpp,
     plausible_power,
 )
+from carn.slides.tiff_mpp import aperio_number, tiff_mpp
 from carn.storage import ByteSource
 
 # Headers are read in blocks of this size: a directory and its neighbours arrive in one request.
@@ -428,57 +426,18 @@ def _check_is_whole(levels: list[_JpegLevel], source: ByteSource) -> None:
 def _properties(tiff: tifffile.TiffFile, page: Any) -> SlideProperties:
     description = page.description or ""
     icc = page.tags.valueof(TAG_ICC_PROFILE)
-    icc_profile = bytes(icc) if icc else None
-    if description.startswith("Aperio"):
-        mpp = plausible_mpp(_aperio_number(description, "MPP"))
-        return SlideProperties(
-            mpp_x=mpp,
-            mpp_y=mpp,
-            objective_power=plausible_power(_aperio_number(description, "AppMag")),
-            vendor="aperio",
-            icc_profile=icc_profile,
-        )
-    if tiff.is_philips:
-        mpp_x, mpp_y = _philips_mpp(description)
-        return SlideProperties(mpp_x=mpp_x, mpp_y=mpp_y, vendor="philips", icc_profile=icc_profile)
+    (mpp_x, mpp_y), said_by = tiff_mpp(tiff, page)
+    is_aperio = description.startswith("Aperio")
+    power = plausible_power(aperio_number(description, "AppMag")) if is_aperio else None
+    is_xml = said_by == "OME-XML"
     return SlideProperties(
-        mpp_x=_resolution_mpp(page, "XResolution"),
-        mpp_y=_resolution_mpp(page, "YResolution"),
-        vendor="generic-tiff",
-        icc_profile=icc_profile,
+        mpp_x=mpp_x,
+        mpp_y=mpp_y,
+        objective_power=power,
+        vendor="aperio" if is_aperio else "philips" if tiff.is_philips else "generic-tiff",
+        icc_profile=bytes(icc) if icc else None,
+        notes=("um per px by OME-XML, not by the resolution tags",) if is_xml else (),
     )
-
-
-def _aperio_number(description: str, name: str) -> float | None:
-    # "...|AppMag = 20|MPP = 0.4990|..."
-    found = re.search(rf"\|\s*{name}\s*=\s*([0-9.]+)\s*(?:\||$)", description)
-    try:
-        return float(found.group(1)) if found else None
-    except ValueError:
-        return None
-
-
-def _philips_mpp(description: str) -> tuple[float | None, float | None]:
-    # The first DICOM_PIXEL_SPACING is level 0's: '"0.000243" "0.000243"', mm per px, row first.
-    try:
-        root = parse_xml(description)
-    except (ParseError, ValueError, LookupError):
-        return None, None
-    for attribute in root.iter("Attribute"):
-        if attribute.get("Name") == "DICOM_PIXEL_SPACING":
-            spacing = [float(number) for number in re.findall(r"[0-9.eE+-]+", attribute.text or "")]
-            if len(spacing) == 2:
-                return plausible_mpp(spacing[1] * 1000), plausible_mpp(spacing[0] * 1000)
-    return None, None
-
-
-def _resolution_mpp(page: Any, tag: str) -> float | None:
-    """Um per px by the TIFF resolution tags, None without a unit of length or a plausible value."""
-    fraction = page.tags.valueof(tag)
-    um_per_unit = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof("ResolutionUnit", 1)))
-    if not fraction or um_per_unit is None or not fraction[0] or not fraction[1]:
-        return None
-    return plausible_mpp(um_per_unit * fraction[1] / fraction[0])
 
 
 class HeaderFile(io.RawIOBase):
