@@ -22,14 +22,13 @@ from carn import storage
 from carn.degradation.jpeg import TABLES, Tables, quantisation_tables
 from carn.errors import SlideError, StorageError
 from carn.slides.image import IMAGE_FORMATS
+from carn.slides.jpeg_stream import EOI, SOI, stream_colours
 from carn.slides.listing import SERIES_UID
 from carn.slides.slide import Level, Slide
 from carn.slides.tiled_jpeg import (
     DIRECTORY_ERRORS,
-    EOI,
     MAX_DIRECTORIES,
     MAX_JPEG_TABLES_BYTES,
-    SOI,
     TIFF_HEADS,
     HeaderFile,
 )
@@ -258,9 +257,9 @@ def _of_jpeg(stream: bytes, *, is_rgb: bool | None = None, name: str = "JPEG") -
         raise _UnknownError("its JPEG stream has no quantisation tables") from error
     if not found or any(len(table) != 64 for table in found):
         raise _UnknownError("its JPEG quantisation tables are damaged")
-    if is_rgb is None:
-        names = bytes(layer[0] for layer in layers)
-        is_rgb = len(layers) == 3 and (image.info.get("adobe_transform") == 0 or names == b"RGB")
+    # What the stream says of itself counts, as it does for the readers.
+    said = stream_colours(stream)
+    is_rgb = said == "rgb" if said is not None else bool(is_rgb)
     is_colour = len(layers) == 3
     chroma = found[1] if is_colour else None
     subsampling = None

@@ -12,7 +12,7 @@ import re
 import struct
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from carn.errors import SlideError
+from carn.slides.jpeg_stream import EOI, SOI, SOS, Colours, stream_colours
 from carn.slides.slide import (
     Level,
     Rgb,
@@ -59,12 +60,16 @@ MAX_JPEG_HEADERS_BYTES = 1024 * 1024
 MAX_JPEG_SCANS = 100
 # Decoded border tiles kept by a process, over all its slides: OpenSlide's default for one slide.
 TILE_CACHE_BYTES = 32 * 1024 * 1024
+# Of a stream, for the colours it says it has: markers up to the frame header.
+COLOURS_READ_BYTES = 16 * 1024
+# Bytes that an encoder may leave behind the last px of a stream. More come of a stream that was
+# damaged so that its px ended early.
+MAX_STRAY_BYTES = 16
+_STRAY_BYTES = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 # How a TIFF begins: byte order, and 42, or 43 of a BigTIFF.
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # TIFF tags by number (TIFF 6.0, https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf).
 TAG_ICC_PROFILE = 34675
-# JPEG markers (ITU T.81, table B.1).
-SOI, EOI, SOS = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 # APP14 "Adobe": the one marker by which a JPEG says whether its components are RGB (transform 0)
 # or YCbCr (transform 1). TIFF says it in a tag instead, so the marker is put in before decoding.
 ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
@@ -125,8 +130,11 @@ class _JpegLevel:
     tile_height_px: int
     offsets: NDArray[np.uint64]
     lengths: NDArray[np.uint32]
-    # What goes before a tile's own stream: SOI, colour marker, the level's shared tables.
-    prefix: bytes
+    # The level's shared tables, from behind SOI and application markers on; colours where a stream
+    # does not say its own.
+    tables: bytes
+    colours: Colours
+    tag_colours: Colours
 
     @property
     def tiles_across(self) -> int:
@@ -166,7 +174,8 @@ class TiledJpegSlide(Slide):
             )
             for (w, h), downsample in zip(extents, downsamples, strict=True)
         )
-        super().__init__(source.uri, levels=levels, properties=properties)
+        notes = (*properties.notes, *_colour_notes(jpeg_levels[0], source))
+        super().__init__(source.uri, levels=levels, properties=replace(properties, notes=notes))
         self._jpeg_levels = jpeg_levels
 
     def _read_level(self, x: int, y: int, width: int, height: int, *, level: int) -> Rgb:
@@ -225,7 +234,16 @@ class TiledJpegSlide(Slide):
         present = iter(streams)
         return [next(present) if length else None for _, length in ranges]
 
-    def _decode(self, stream: bytes, column: int, row: int, grid: _JpegLevel, *, level: int) -> Rgb:
+    def _decode(
+        self,
+        stream: bytes,
+        column: int,
+        row: int,
+        grid: _JpegLevel,
+        *,
+        level: int,
+        strict: bool = True,
+    ) -> Rgb:
         expected = (grid.tile_height_px, grid.tile_width_px, 3)
         fail = partial(self._damaged, x=column * expected[1], y=row * expected[0], level=level)
         if stream[:2] != SOI:
@@ -234,13 +252,15 @@ class TiledJpegSlide(Slide):
             raise fail(f"it holds {num_scans} scans, more than {MAX_JPEG_SCANS}")
         try:
             tile: Rgb = simplejpeg.decode_jpeg(
-                grid.prefix + stream[_skip_application_markers(stream) :],
+                with_colours(stream, grid),
                 colorspace="RGB",
                 # Bounds the pixels a hostile stream can claim to those of a tile.
                 buffer=np.empty(math.prod(expected), dtype=np.uint8),
-                strict=True,
+                strict=strict,
             )
         except ValueError as error:
+            if strict and _is_harmless(str(error)):
+                return self._decode(stream, column, row, grid, level=level, strict=False)
             raise fail(f"libjpeg-turbo says {str(error)!r}") from error
         if tile.shape != expected:
             raise fail(f"it holds {tile.shape[1]} x {tile.shape[0]} px instead of a tile's")
@@ -248,6 +268,37 @@ class TiledJpegSlide(Slide):
 
     def close(self) -> None:
         self._source.close()
+
+
+def with_colours(stream: bytes, grid: _JpegLevel) -> bytes:
+    """A tile's stream with the level's tables, and a marker that says which colours it has.
+
+    Where the stream says it itself, that counts: QuPath up to 0.4.3 wrote YCbCr under a tag of RGB.
+    """
+    colours = stream_colours(stream) or grid.colours
+    marker = ADOBE_RGB if colours == "rgb" else ADOBE_YCBCR
+    return SOI + marker + grid.tables + stream[_skip_application_markers(stream) :]
+
+
+def _colour_notes(grid: _JpegLevel, source: ByteSource) -> tuple[str, ...]:
+    """Say where the streams of a level have other colours than the TIFF says, by one of them."""
+    present = np.flatnonzero(grid.lengths)
+    if not len(present):
+        return ()
+    middle = present[len(present) // 2]
+    length = min(int(grid.lengths[middle]), COLOURS_READ_BYTES)
+    (head,) = source.read_ranges([(int(grid.offsets[middle]), length)])
+    found = stream_colours(head) or grid.colours
+    if found == grid.tag_colours:
+        return ()
+    names = {"rgb": "RGB", "ycbcr": "YCbCr"}
+    return (f"colours by its JPEG streams, {names[found]}, not by the TIFF tag",)
+
+
+def _is_harmless(warning: str) -> bool:
+    """Whether libjpeg warns of a few bytes between the last px and the end of a stream, no more."""
+    found = _STRAY_BYTES.search(warning)
+    return found is not None and int(found[1]) <= MAX_STRAY_BYTES
 
 
 def _skip_application_markers(stream: bytes) -> int:
@@ -387,7 +438,6 @@ def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
             f"lists {min(len(offsets), len(lengths))} tiles for a level of {width} x {height} px "
             f"that needs {expected}: the header is damaged or cut off",
         )
-    colours = ADOBE_RGB if page.photometric == tifffile.PHOTOMETRIC.RGB else ADOBE_YCBCR
     tables = page.jpegtables or b""
     if len(tables) > MAX_JPEG_TABLES_BYTES:
         raise SlideError(
@@ -395,8 +445,7 @@ def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
             f"has JPEG tables of {len(tables)} bytes, more than {MAX_JPEG_TABLES_BYTES}; the "
             "header is damaged or hostile",
         )
-    if tables:
-        tables = tables[_skip_application_markers(tables) :].removesuffix(EOI)
+    by_tag: Colours = "rgb" if page.photometric == tifffile.PHOTOMETRIC.RGB else "ycbcr"
     return _JpegLevel(
         width_px=width,
         height_px=height,
@@ -404,7 +453,9 @@ def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
         tile_height_px=page.tilelength,
         offsets=offsets,
         lengths=lengths,
-        prefix=SOI + colours + tables,
+        tables=tables[_skip_application_markers(tables) :].removesuffix(EOI) if tables else b"",
+        colours=stream_colours(tables) or by_tag,
+        tag_colours=by_tag,
     )
 
 
