@@ -31,6 +31,7 @@ from carn.slides.slide import (
     level_downsamples,
     plausible_power,
 )
+from carn.slides.tiff_checks import check_is_brightfield
 from carn.slides.tiff_mpp import aperio_number, tiff_mpp
 from carn.storage import ByteSource
 
@@ -322,6 +323,10 @@ def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]
             # process.
             _check_byte_counts(found, source)
             _check_tiles(pages, source.uri)
+            if pages:
+                check_is_brightfield(
+                    [pages[0], *(p for p in found if p is not pages[0])], source.uri
+                )
             if tiff.is_scn or tiff.is_bif or tiff.is_ndpi or tiff.is_qpi:
                 # Several images, overlapping tiles or strips under a TIFF's clothes.
                 raise NotTiledJpegError("a vendor's own layout")
