@@ -282,8 +282,7 @@ def _of_jpeg(stream: bytes, *, is_rgb: bool | None = None, name: str = "JPEG") -
 
 
 def _of_tiff(source: ByteSource, level: Level, *, is_finest: bool) -> Compression:
-    # Buffered, for tifffile reads NDPI's tables into arrays, and the raw file fills bytes alone.
-    file = io.BufferedReader(HeaderFile(source))
+    file = HeaderFile(source)
     try:
         with tifffile.TiffFile(file) as tiff:
             page = _page_of(tiff, level, is_finest=is_finest)

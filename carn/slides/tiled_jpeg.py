@@ -322,11 +322,11 @@ def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]
             # Before anybody else gets the file, too: what OpenSlide finds no memory for ends the
             # process.
             _check_byte_counts(found, source)
-            _check_tiles(pages, source.uri)
+            if not tiff.is_ndpi:  # whose levels are one JPEG each, cut at its restart markers
+                _check_tiles(pages, source.uri)
             if pages:
-                check_is_brightfield(
-                    [pages[0], *(p for p in found if p is not pages[0])], source.uri
-                )
+                others = [page for page in found if page is not pages[0]]
+                check_is_brightfield([pages[0], *others], source.uri)
             if tiff.is_scn or tiff.is_bif or tiff.is_ndpi or tiff.is_qpi:
                 # Several images, overlapping tiles or strips under a TIFF's clothes.
                 raise NotTiledJpegError("a vendor's own layout")
@@ -565,6 +565,8 @@ class HeaderFile(io.RawIOBase):
             raise ValueError(self.refusal)
 
     def readinto(self, buffer: Any) -> int:
-        content = self.read(len(buffer))
-        buffer[: len(content)] = content
+        # tifffile reads NDPI's tables into arrays of numbers.
+        view = memoryview(buffer).cast("B")
+        content = self.read(len(view))
+        view[: len(content)] = content
         return len(content)
