@@ -444,10 +444,10 @@ class Night:
                 scale=plan.task.scale,
                 num_blocks=plan.num_blocks,
                 num_blocks_resumed=len(plan.done),
-                lr=LrSummary(compression=plan.compression),
+                lr=LrSummary(compression=plan.compression, notes=plan.notes),
                 warnings=plan.warnings,
             )
-            self._warn(plan.task.name, plan.warnings)
+            self._warn(plan.task.name, (*plan.notes, *plan.warnings))
         return found, [task for task in wave if task.name in down]
 
     def _make(self, plans: Sequence[SlidePlan], crew: Crew, claims: SlideClaims) -> list[SlideTask]:
@@ -560,7 +560,7 @@ class Night:
                 self.tally.end(plan.task.name)
 
     def _warn(self, name: str, warnings: Sequence[str]) -> None:
-        """Say in what a slide is unlike what the network was trained on."""
+        """Say what was decided of a slide, and in what it is unlike what was trained on."""
         for warning in warnings:
             logger.warning("%s: %s", name, warning)
 

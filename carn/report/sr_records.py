@@ -116,12 +116,14 @@ class LrSummary:
         numbers: what an adaptive network took the LR for (`carn.degradation.numbers`); empty for
             other networks.
         is_told: these were said by hand (`--lr-like`), not estimated.
+        notes: what was decided against the file's own word.
     """
 
     compression: str
     blur_px: tuple[float, float, float] | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
     is_told: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

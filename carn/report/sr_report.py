@@ -462,6 +462,7 @@ def _lr_facts(slide: SlideSummary) -> list[tuple[str, str]]:
     if slide.lr is None:
         return []
     facts = [("Stored as", slide.lr.compression)] if slide.lr.compression else []
+    facts += [("Not as the file says", note) for note in slide.lr.notes]
     if slide.lr.blur_px is not None:
         value, low, high = slide.lr.blur_px
         facts.append(("Softness", f"as by a blur of {value:.2f} ({low:.2f}–{high:.2f}) HR px"))

@@ -8,6 +8,7 @@ another fraction of a px at each location that is asked for. Such levels are rea
 fixed grid, each always by the same call: no px depends on the region that it is read with.
 """
 
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from carn.slides.slide import (
 # few with it, and OpenSlide keeps what it has decoded for the next call. One core reads 2.1 Mpx/s
 # of a JPEG 2000 slide in blocks of 2048 + 72 px; with cells of 512 px 1.7, with a call a block 2.4.
 CELL_PX = 128
+_SIDES = ("width", "height")
 
 
 class OpenSlideSlide(Slide):
@@ -59,11 +61,16 @@ class OpenSlideSlide(Slide):
             for width, height in extents:
                 if min(width, height) < 1:
                     raise SlideError(uri, f"has a level without pixels ({width} x {height})")
+            downsamples = level_downsamples(extents, tile=_tile(handle))
+            base = extents[0]
             levels = tuple(
-                Level(width_px=width, height_px=height, downsample=downsample)
-                for (width, height), downsample in zip(
-                    extents, level_downsamples(extents), strict=True
+                # A level padded to whole tiles, as DICOM's are, ends where the slide does.
+                Level(
+                    width_px=min(width, math.ceil(base[0] / downsample)),
+                    height_px=min(height, math.ceil(base[1] / downsample)),
+                    downsample=downsample,
                 )
+                for (width, height), downsample in zip(extents, downsamples, strict=True)
             )
             super().__init__(uri, levels=levels, properties=_properties(handle))
         # Whatever the handle says comes from the file, as text that need not be UTF-8.
@@ -153,6 +160,13 @@ def _properties(handle: openslide.OpenSlide) -> SlideProperties:
         vendor=known.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
         icc_profile=nowhere.info.get("icc_profile"),
     )
+
+
+def _tile(handle: openslide.OpenSlide) -> tuple[int, int] | None:
+    """(width, height) of the tiles of level 0, which coarser levels may be padded to."""
+    sides = [_number(handle.properties.get(f"openslide.level[0].tile-{s}")) for s in _SIDES]
+    width, height = sides
+    return None if not width or not height else (int(width), int(height))
 
 
 def _number(text: str | None) -> float | None:

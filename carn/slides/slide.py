@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carn.errors import DamagedTileError, SlideError
+from carn.slides.level_check import is_of_slide
 
 Rgb = NDArray[np.uint8]
 
@@ -26,6 +27,8 @@ MAX_SLIDE_PX = 1 << 38
 MAX_REDUCED_PX = 1 << 36
 # The most pixels one read may ask for (3 GiB of RGB): more is a mistake, not a region.
 MAX_REGION_PX = 1 << 30
+# Longer side of the picture by which places are chosen that levels are compared at.
+CHECKED_PX = 1024
 # Pixels that are held at once when a whole level is made smaller: 48 MB of RGB.
 STRIP_PX = 1 << 24
 # Resolution tags coarser than this are the dots per inch of a printer, not of a microscope: 72 dpi,
@@ -90,6 +93,7 @@ class Slide(ABC):
         reader: which reader serves it: `tiled-jpeg`, `openslide` or `image`.
         levels: finest first; level 0 is the slide's own frame.
         properties: MPP, objective power, vendor and ICC profile.
+        foreign_levels: those that were found not to be level 0 made smaller; see `thumbnail`.
     """
 
     reader: str
@@ -113,6 +117,16 @@ class Slide(ABC):
         self.uri = uri
         self.levels = levels
         self.properties = properties
+        self.foreign_levels: set[int] = set()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided against the file's own word so far."""
+        foreign = tuple(
+            f"level {level} is not this slide made smaller, and is left out"
+            for level in sorted(self.foreign_levels)
+        )
+        return (*self.properties.notes, *foreign)
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -186,8 +200,8 @@ class Slide(ABC):
         """The whole slide, its longer side at most `max_side_px`, by area means.
 
         It is made from the coarsest level that is fine enough, read in strips, so that a slide
-        without a pyramid takes no more memory than one with; where that level is damaged, from a
-        finer one.
+        without a pyramid takes no more memory than one with; where that level is damaged, or is not
+        what level 0 shows, from a finer one.
 
         Raises:
             DamagedTileError: no level that is fine enough can be read.
@@ -199,13 +213,43 @@ class Slide(ABC):
             max(1, round(self.extent[1] / downsample)),
         )
         first = self.level_for_downsample(downsample)
-        for level in range(first, -1, -1):
+        for level in range(first, 0, -1):
+            if level in self.foreign_levels:
+                continue
             try:
-                return self._reduced(level, size)
+                picture = self._reduced(level, size)
             except DamagedTileError:
-                if level == 0:
-                    raise
-        raise AssertionError("unreachable: level 0 returns or raises")
+                continue
+            if is_of_slide(picture, self._read_base, extent=self.extent):
+                return picture
+            self.foreign_levels.add(level)
+        return self._reduced(0, size)
+
+    def check_level(self, level: int) -> None:
+        """Hold a level that is to be read against level 0, at places with something to see.
+
+        Raises:
+            SlideError: it is not this slide made smaller.
+            DamagedTileError: no level can be read.
+        """
+        downsample = self.levels[level].downsample
+
+        def read(x: int, y: int, width: int, height: int) -> Rgb:
+            sides = (max(1, round(side / downsample)) for side in (width, height))
+            return self.read_region(x, y, *sides, level=level)
+
+        is_own = level == 0 or is_of_slide(
+            self.thumbnail(CHECKED_PX), self._read_base, extent=self.extent, other=read
+        )
+        if not is_own:
+            raise SlideError(
+                self.uri,
+                f"has a level {level} that is not level 0 made smaller, but another image; choose "
+                "another level",
+            )
+
+    def _read_base(self, x: int, y: int, width: int, height: int) -> Rgb:
+        return self._read_level(x, y, width, height, level=0)
 
     def _reduced(self, level: int, size: tuple[int, int]) -> Rgb:
         from PIL import Image

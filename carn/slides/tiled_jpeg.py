@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from carn.errors import SlideError
 from carn.slides.jpeg_stream import EOI, SOI, SOS, Colours, stream_colours
 from carn.slides.slide import (
+    STRIP_PX,
     Level,
     Rgb,
     Slide,
@@ -61,6 +62,8 @@ MAX_JPEG_HEADERS_BYTES = 1024 * 1024
 MAX_JPEG_SCANS = 100
 # Decoded border tiles kept by a process, over all its slides: OpenSlide's default for one slide.
 TILE_CACHE_BYTES = 32 * 1024 * 1024
+# Scanners that leave tiles of bare glass out.
+SPARSE_VENDORS = ("aperio", "philips")
 # Of a stream, for the colours it says it has: markers up to the frame header.
 COLOURS_READ_BYTES = 16 * 1024
 # Bytes that an encoder may leave behind the last px of a stream. More come of a stream that was
@@ -142,6 +145,17 @@ class _JpegLevel:
         return math.ceil(self.width_px / self.tile_width_px)
 
     @property
+    def tiles_down(self) -> int:
+        return math.ceil(self.height_px / self.tile_height_px)
+
+    def has_tiles(self, x0: int, y0: int, x1: int, y1: int) -> bool:
+        """Whether any tile of a box in px of the level is there."""
+        grid = self.lengths[: self.tiles_across * self.tiles_down]
+        rows = slice(y0 // self.tile_height_px, (y1 - 1) // self.tile_height_px + 1)
+        columns = slice(x0 // self.tile_width_px, (x1 - 1) // self.tile_width_px + 1)
+        return bool(grid.reshape(-1, self.tiles_across)[rows, columns].any())
+
+    @property
     def max_stream_bytes(self) -> int:
         return MAX_JPEG_HEADERS_BYTES + MAX_BYTES_PER_PX * self.tile_width_px * self.tile_height_px
 
@@ -175,7 +189,11 @@ class TiledJpegSlide(Slide):
             )
             for (w, h), downsample in zip(extents, downsamples, strict=True)
         )
-        notes = (*properties.notes, *_colour_notes(jpeg_levels[0], source))
+        notes = (
+            *properties.notes,
+            *_colour_notes(jpeg_levels[0], source),
+            *_absence_notes(jpeg_levels[0], vendor=properties.vendor),
+        )
         super().__init__(source.uri, levels=levels, properties=replace(properties, notes=notes))
         self._jpeg_levels = jpeg_levels
 
@@ -199,7 +217,8 @@ class TiledJpegSlide(Slide):
             if tile is None:
                 stream = streams[column, row]
                 if stream is None:
-                    region[y0:y1, x0:x1] = 255
+                    box = (x + x0, y + y0, x1 - x0, y1 - y0)
+                    region[y0:y1, x0:x1] = self._without_tile(box, level=level)
                     continue
                 tile = self._decode(stream, column, row, grid, level=level)
                 if (y1 - y0, x1 - x0) != tile.shape[:2]:
@@ -207,6 +226,22 @@ class TiledJpegSlide(Slide):
                     _tile_cache.put((self._id, level, column, row), tile)
             region[y0:y1, x0:x1] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
         return region
+
+    def _without_tile(self, box: tuple[int, int, int, int], *, level: int) -> Rgb:
+        """Px of a box whose tile is absent: of the next finer level that has some; white else."""
+        x, y, width, height = box
+        for finer in range(level - 1, -1, -1):
+            step = self.levels[level].downsample / self.levels[finer].downsample
+            found = self.levels[finer]
+            x0, y0 = min(int(x * step), found.width_px - 1), min(int(y * step), found.height_px - 1)
+            x1 = max(x0 + 1, min(round((x + width) * step), found.width_px))
+            y1 = max(y0 + 1, min(round((y + height) * step), found.height_px))
+            if (x1 - x0) * (y1 - y0) > STRIP_PX:
+                break
+            if self._jpeg_levels[finer].has_tiles(x0, y0, x1, y1):
+                pixels = self._read_level(x0, y0, x1 - x0, y1 - y0, level=finer)
+                return smaller(pixels, (width, height))
+        return np.full((height, width, 3), 255, dtype=np.uint8)
 
     def _fetch(
         self, places: list[tuple[int, int]], grid: _JpegLevel, *, level: int
@@ -296,6 +331,21 @@ def _colour_notes(grid: _JpegLevel, source: ByteSource) -> tuple[str, ...]:
     return (f"colours by its JPEG streams, {names[found]}, not by the TIFF tag",)
 
 
+def _absence_notes(grid: _JpegLevel, *, vendor: str) -> tuple[str, ...]:
+    """Say how many tiles a file lacks that no scanner wrote, and so did not leave out."""
+    number = int((grid.lengths[: grid.tiles_across * grid.tiles_down] == 0).sum())
+    if not number or vendor in SPARSE_VENDORS:
+        return ()
+    return (f"{number} of its {grid.tiles_across * grid.tiles_down} tiles are absent: white",)
+
+
+def smaller(pixels: Rgb, size: tuple[int, int]) -> Rgb:
+    """Means over the px that each px of a smaller picture of (width, height) covers."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+
+
 def _is_harmless(warning: str) -> bool:
     """Whether libjpeg warns of a few bytes between the last px and the end of a stream, no more."""
     found = _STRAY_BYTES.search(warning)
@@ -318,7 +368,8 @@ def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]
     try:
         with tifffile.TiffFile(file) as tiff:
             found = _pages(tiff, source.uri)
-            pages = [page for page in found if _is_level(page)]
+            # The largest is level 0, wherever it stands.
+            pages = sorted(filter(_is_level, found), key=lambda page: -page.imagewidth)
             # Before anybody else gets the file, too: what OpenSlide finds no memory for ends the
             # process.
             _check_byte_counts(found, source)
@@ -330,14 +381,13 @@ def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]
             if tiff.is_scn or tiff.is_bif or tiff.is_ndpi or tiff.is_qpi:
                 # Several images, overlapping tiles or strips under a TIFF's clothes.
                 raise NotTiledJpegError("a vendor's own layout")
-            first = tiff.pages[0]
-            if not pages or pages[0] is not first:
+            if not pages or not _is_level(found[0]):
                 raise NotTiledJpegError("the first image is not tiled")
             if not all(_is_rgb_jpeg(page) for page in pages):
                 raise NotTiledJpegError("not all levels are RGB JPEG tiles")
             levels = [_jpeg_level(page, source.uri) for page in _pyramid(pages)]
             _check_is_whole(levels, source)
-            return levels, _properties(tiff, first)
+            return levels, _properties(tiff, pages[0])
     except SlideError:
         raise
     except (NotTiledJpegError, tifffile.TiffFileError, *DIRECTORY_ERRORS) as error:
@@ -413,7 +463,11 @@ def _is_rgb_jpeg(page: Any) -> bool:
 
 
 def _pyramid(pages: list[Any]) -> list[Any]:
-    """The pages that are the first one, smaller; finest first."""
+    """The largest page and those that are the same, smaller; finest first.
+
+    A page is a level when its shape is the first one's, and it says that it is reduced, is below
+    the first in the file, or is smaller by a whole factor, but for rounding and padding to tiles.
+    """
     base = pages[0]
     shape = base.imagewidth / base.imagelength
     levels = [base]
@@ -424,9 +478,31 @@ def _pyramid(pages: list[Any]) -> list[Any]:
             1 + (page.tilewidth + 1) / page.imagewidth + (page.tilelength + 1) / page.imagelength
         )
         ratio = page.imagewidth / page.imagelength / shape
-        if is_smaller and 1 / slack <= ratio <= slack:
+        # Of the main chain, or of a page's SubIFDs.
+        says_so = bool(page.subfiletype & 1) or len(page.treeindex) > 1
+        has_shape = 1 / slack <= ratio <= slack
+        if is_smaller and has_shape and (says_so or _divides(base, page)):
             levels.append(page)
     return levels
+
+
+def _divides(base: Any, page: Any) -> bool:
+    """Whether a page is smaller than another by a whole factor, rounded or padded to tiles."""
+    sides = (
+        (base.imagewidth, page.imagewidth, page.tilewidth),
+        (base.imagelength, page.imagelength, page.tilelength),
+    )
+    ratio = max(full / found for full, found, _ in sides)
+    # Padding hides the factor of small levels, which is a power of two then.
+    factors = (max(1, round(ratio)), 2 ** max(0, round(math.log2(ratio))))
+    return any(
+        all(
+            abs(found - full / factor) <= max(1.0, 0.002 * full / factor)
+            or found == math.ceil(full / factor / tile) * tile
+            for full, found, tile in sides
+        )
+        for factor in factors
+    )
 
 
 def _jpeg_level(page: Any, uri: str) -> _JpegLevel:

@@ -184,6 +184,7 @@ def _lr_summary(plan: SlidePlan, calibrations: Sequence[Calibration]) -> LrSumma
         blur_px=None if blur is None else (blur.value, blur.low, blur.high),
         numbers=found.numbers if found else {},
         is_told=bool(plan.task.told),
+        notes=plan.notes,
     )
 
 

@@ -146,6 +146,8 @@ class LrView:
             StorageError: storage failed under the read.
         """
         for level in range(self.level + 1, len(self.slide.levels)):
+            if level in self.slide.foreign_levels:
+                continue
             try:
                 return self._read_level(level, (x, y, width, height))
             except DamagedTileError:

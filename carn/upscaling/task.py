@@ -153,6 +153,8 @@ class SlidePlan:
         done: blocks that are on storage already.
         tissue_share: share of the cells that are inferred.
         compression: how the level that is read is stored, in words.
+        notes: what was decided against the file's own word.
+        foreign_levels: levels of the file that are not the slide made smaller.
         warnings: in what the file is unlike what the network was trained on.
         show: the block whose crop is shown; its right neighbour shows the seam.
         show_cell: (x, y) LR px of the top-left corner of the crop.
@@ -168,6 +170,8 @@ class SlidePlan:
     done: tuple[int, ...]
     tissue_share: float
     compression: str
+    notes: tuple[str, ...]
+    foreign_levels: tuple[int, ...]
     warnings: tuple[str, ...]
     show: int
     show_cell: tuple[int, int]
@@ -184,7 +188,7 @@ class SlidePlan:
         content["task"] = SlideTask.from_json(content["task"])
         content["spec"] = OutputSpec.from_json(content["spec"])
         pairs = ("lr_extent", "mpp", "downsample", "l0_extent", "show_cell")
-        for name in (*pairs, "done", "warnings"):
+        for name in (*pairs, "done", "notes", "foreign_levels", "warnings"):
             content[name] = content[name] and tuple(content[name])
         return cls(**content)
 

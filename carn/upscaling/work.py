@@ -80,6 +80,7 @@ def inspect(task: SlideTask) -> SlidePlan:
         )
         if cells is not None:
             storage.write_bytes(storage.join(task.work_uri, "cells.npz"), cells.to_bytes())
+        view.slide.check_level(view.level)
         output = open_output(spec)
         output.begin()
         thumbnail = _keep_looks(view, task)
@@ -99,6 +100,8 @@ def inspect(task: SlideTask) -> SlidePlan:
             done=tuple(sorted(done)),
             tissue_share=1.0 if cells is None else float(cells.cells.mean()),
             compression=str(compression),
+            notes=view.slide.notes,
+            foreign_levels=tuple(sorted(view.slide.foreign_levels)),
             warnings=file_warnings(task.trained, compression=compression, mpp=view.mpp),
             show=show,
             show_cell=show_cell,
@@ -260,8 +263,10 @@ class BlockMaker:
             if plan.task.pixels.background != "infer":
                 content = storage.read_bytes(storage.join(plan.task.work_uri, "cells.npz"))
                 cells = TissueCells.from_bytes(content)
+            view = open_view(plan.task.uri, plan.task.input, is_image=plan.task.is_image)
+            view.slide.foreign_levels.update(plan.foreign_levels)
             self._open[key] = _Open(
-                view=open_view(plan.task.uri, plan.task.input, is_image=plan.task.is_image),
+                view=view,
                 cells=cells,
                 output=open_output(plan.spec),
             )
