@@ -170,7 +170,7 @@ def _decoding(streams: list[bytes]) -> Iterator[Callable[[], None]]:
 @contextmanager
 def _direct(path: Path, places: list[Place]) -> Iterator[Callable[[], None]]:
     with open_slide(path) as slide:
-        assert slide.reader == "tiled-jpeg"
+        assert slide.reader == "tiled-tiff"
 
         def work() -> None:
             for x, y in places:

@@ -175,7 +175,7 @@ def _read(slide: Slide, places: Sequence[TilePlace]) -> Iterator[tuple[TilePlace
             return place, error
         return place, pixels
 
-    if not storage.is_s3(slide.uri) or slide.reader != "tiled-jpeg":
+    if not storage.is_s3(slide.uri) or slide.reader != "tiled-tiff":
         yield from map(read, places)
         return
     with ThreadPoolExecutor(REMOTE_READ_AHEAD) as pool:

@@ -25,7 +25,7 @@ from carn.slides.image import IMAGE_FORMATS
 from carn.slides.jpeg_stream import EOI, SOI, stream_colours
 from carn.slides.listing import SERIES_UID
 from carn.slides.slide import Level, Slide
-from carn.slides.tiled_jpeg import (
+from carn.slides.tiled_tiff import (
     DIRECTORY_ERRORS,
     MAX_DIRECTORIES,
     MAX_JPEG_TABLES_BYTES,

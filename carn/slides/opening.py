@@ -17,7 +17,7 @@ MAX_OPEN_SLIDES = 8
 def open_slide(uri: str | Path) -> Slide:
     """Open a whole-slide image from a local path or `s3://`, whichever reader suits its content.
 
-    Tiled-JPEG TIFF and SVS are read directly, by byte range. Everything else goes to OpenSlide;
+    TIFF and SVS of RGB tiles are read directly, by byte range. Everything else goes to OpenSlide;
     remote files of those formats are fetched once into the node's slide cache.
 
     Raises:
@@ -27,7 +27,7 @@ def open_slide(uri: str | Path) -> Slide:
     """
     # Readers and their libraries wait for a slide: whoever trains on a dataset opens none.
     from carn.slides.openslide_reader import OpenSlideSlide
-    from carn.slides.tiled_jpeg import NotTiledJpegError, TiledJpegSlide
+    from carn.slides.tiled_tiff import NotTiledTiffError, TiledTiffSlide
 
     name = storage.normalize(uri)
     if not storage.is_s3(name) and Path(name).is_dir():
@@ -37,8 +37,8 @@ def open_slide(uri: str | Path) -> Slide:
         if source.size == 0:
             raise SlideError(name, "is an empty file")
         try:
-            return TiledJpegSlide(source)
-        except NotTiledJpegError as error:
+            return TiledTiffSlide(source)
+        except NotTiledTiffError as error:
             why_not_direct = str(error)
     except BaseException:
         source.close()
@@ -50,7 +50,7 @@ def open_slide(uri: str | Path) -> Slide:
     except SlideError as error:
         if pin is not None:
             pin.close()
-        raise SlideError(name, f"{error.reason}; as a tiled-JPEG TIFF: {why_not_direct}") from error
+        raise SlideError(name, f"{error.reason}; as a TIFF of tiles: {why_not_direct}") from error
 
 
 def open_image(uri: str | Path) -> Slide:

@@ -30,7 +30,7 @@ def read_provenance(uri: str) -> dict[str, Any] | None:
 def _of_tiff(uri: str) -> dict[str, Any] | None:
     import tifffile
 
-    from carn.slides.tiled_jpeg import DIRECTORY_ERRORS, HeaderFile
+    from carn.slides.tiled_tiff import DIRECTORY_ERRORS, HeaderFile
 
     source = storage.open_source(uri)
     try:

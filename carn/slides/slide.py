@@ -90,7 +90,7 @@ class Slide(ABC):
 
     Attributes:
         uri: where it was opened from.
-        reader: which reader serves it: `tiled-jpeg`, `openslide` or `image`.
+        reader: which reader serves it: `tiled-tiff`, `openslide` or `image`.
         levels: finest first; level 0 is the slide's own frame.
         properties: MPP, objective power, vendor and ICC profile.
         foreign_levels: those that were found not to be level 0 made smaller; see `thumbnail`.

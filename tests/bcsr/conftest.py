@@ -37,7 +37,7 @@ def measured() -> Callable[..., pa.Table]:
             **{"slide": "s", "x_l0": 0, "y_l0": 0, "width_px": 1024, "height_px": 1024},
             **{"label": "tumor", "inside_fraction": 1.0, "white_fraction": 0.1},
             **{"mean_r": 200.0, "mean_g": 120.0, "mean_b": 160.0, "mpp_x": 0.25, "mpp_y": 0.25},
-            **{"slide_width_l0": 90_000, "slide_height_l0": 80_000, "reader": "tiled-jpeg"},
+            **{"slide_width_l0": 90_000, "slide_height_l0": 80_000, "reader": "tiled-tiff"},
             **{"slide_identity": "etag:1", "is_transient": False},
         }
         full = []

@@ -370,7 +370,7 @@ def test_a_manifest_counts_everything(measured) -> None:
     assert [entry["slide"] for entry in manifest["inputs"]] == [f"slide_0{n}" for n in range(5)]
     for entry in manifest["inputs"]:
         assert entry["uri"] == f"/slides/{entry['slide']}.tif"
-        assert (entry["slide_identity"], entry["reader"]) == ("etag:1", "tiled-jpeg")
+        assert (entry["slide_identity"], entry["reader"]) == ("etag:1", "tiled-tiff")
 
 
 def test_a_manifest_is_json_and_the_same_for_rows_in_any_order(measured) -> None:

@@ -118,7 +118,7 @@ def test_a_good_slide(write_slide: WriteSlide) -> None:
         assert (row["slide_width_l0"], row["slide_height_l0"]) == (700, 500)
         assert row["mpp_x"] == pytest.approx(0.25)
         assert row["mpp_y"] == pytest.approx(0.5)
-        assert row["reader"] == "tiled-jpeg"
+        assert row["reader"] == "tiled-tiff"
         assert row["slide_identity"] == "the identity"
         assert row["inside_fraction"] == 1.0
         assert row["reason"] is row["failed_scope"] is None
@@ -145,7 +145,7 @@ def test_a_damaged_tile_fails_alone(write_slide: WriteSlide, damage_tile: Any) -
     assert failed["failed_scope"] == "tile"
     assert failed["is_transient"] is False
     assert [failed[name] for name in NUMBERS] == [None] * 5
-    assert (failed["slide_width_l0"], failed["reader"]) == (700, "tiled-jpeg")
+    assert (failed["slide_width_l0"], failed["reader"]) == (700, "tiled-tiff")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no slide at all"])

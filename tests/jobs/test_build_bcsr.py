@@ -173,7 +173,7 @@ def damaged_lab(slides: Path, tmp_path: Path) -> Path:
     lab = tmp_path / "lab"
     shutil.copytree(slides, lab)
     with open_slide(lab / "slides" / "Case_000.tif") as slide:
-        level = slide._jpeg_levels[0]  # type: ignore[attr-defined]
+        level = slide._tiled_levels[0]  # type: ignore[attr-defined]
         start, length = int(level.offsets[0]), int(level.lengths[0])
     with (lab / "slides" / "Case_000.tif").open("r+b") as file:
         file.seek(start + length // 2)

@@ -37,7 +37,7 @@ def measured(num_slides: int = 5, num_each: int = 12) -> pa.Table:
                 **{"label": "tumor", "inside_fraction": 1.0, "is_transient": False},
                 **{"white_fraction": 0.8 if number % 6 == 5 else float(rng.uniform(0, 0.5))},
                 **dict(zip(("mean_r", "mean_g", "mean_b"), rng.uniform(50, 250, 3), strict=True)),
-                **{"mpp_x": 0.2, "mpp_y": 0.3, "reader": "tiled-jpeg", "slide_identity": "e"},
+                **{"mpp_x": 0.2, "mpp_y": 0.3, "reader": "tiled-tiff", "slide_identity": "e"},
                 **{"slide_width_l0": 40_000, "slide_height_l0": 20_000},
             }
             is_gone = slide == num_slides - 1
@@ -167,7 +167,7 @@ def test_each_slide_has_its_row(selected: pa.Table) -> None:
         assert slide.splits == {name: found.count(name) for name in SPLITS}
         assert slide.num_kept == sum(slide.splits.values())
     read, gone = report.slides[1], report.slides[4]
-    assert (read.width_px, read.height_px, read.reader) == (40_000, 20_000, "tiled-jpeg")
+    assert (read.width_px, read.height_px, read.reader) == (40_000, 20_000, "tiled-tiff")
     assert read.mpp == pytest.approx(0.25)
     assert read.thumbnail == jpeg(1)
     assert read.boxes[0].status == "failed"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from carn.errors import DamagedTileError, SlideError, StorageError
 from carn.slides import image as image_module
-from carn.slides import open_image, open_slide, tiled_jpeg
+from carn.slides import open_image, open_slide, tiled_tiff
 from carn.slides import slide as slide_module
 from carn.slides.listing import list_slides
 from carn.slides.openslide_reader import OpenSlideSlide
@@ -55,9 +55,9 @@ def test_directories_that_lead_in_a_long_circle_are_refused(tmp_path: Path) -> N
 
 
 def test_more_directories_than_any_slide_has_are_refused(tmp_path: Path) -> None:
-    count = tiled_jpeg.MAX_DIRECTORIES + 2
+    count = tiled_tiff.MAX_DIRECTORIES + 2
     write_directories(tmp_path / "a.tif", [(256, 4, 1, 10)], [*range(1, count), -1])
-    refused(tmp_path / "a.tif", f"more than {tiled_jpeg.MAX_DIRECTORIES} images")
+    refused(tmp_path / "a.tif", f"more than {tiled_tiff.MAX_DIRECTORIES} images")
 
 
 def test_tags_that_all_point_to_the_same_megabytes_are_refused(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_tags_that_all_point_to_the_same_megabytes_are_refused(tmp_path: Path) -
 
 
 def test_an_entry_of_more_than_any_slide_needs_is_refused(tmp_path: Path) -> None:
-    path, num_bytes = tmp_path / "a.tif", tiled_jpeg.MAX_HEADER_READ_BYTES + 1
+    path, num_bytes = tmp_path / "a.tif", tiled_tiff.MAX_HEADER_READ_BYTES + 1
     write_directories(path, [(270, 2, num_bytes, 100)], [-1])
     with path.open("ab") as file:
         file.truncate(100 + num_bytes)
@@ -82,15 +82,15 @@ def test_a_header_without_an_end_is_refused(
     write_slide: WriteSlide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_slide()
-    monkeypatch.setattr(tiled_jpeg, "MAX_HEADER_READS", 20)
+    monkeypatch.setattr(tiled_tiff, "MAX_HEADER_READS", 20)
     refused(path, "without an end")
 
 
 def test_the_tables_of_a_slide_of_200_000_px_are_within_the_limits() -> None:
     num_tiles = sum((200_000 // 256 // 2**level + 1) ** 2 for level in range(10))
     # Offsets of 8 bytes, lengths of 4: and in tiles of half the side still.
-    assert 12 * num_tiles < tiled_jpeg.MAX_HEADER_BYTES / 4
-    assert 4 * 12 * num_tiles < tiled_jpeg.MAX_HEADER_BYTES
+    assert 12 * num_tiles < tiled_tiff.MAX_HEADER_BYTES / 4
+    assert 4 * 12 * num_tiles < tiled_tiff.MAX_HEADER_BYTES
     assert slide_module.MAX_SLIDE_PX > 200_000**2
     assert slide_module.MAX_REDUCED_PX > 200_000**2
 
@@ -197,7 +197,7 @@ def test_a_tile_of_more_bytes_than_its_px_can_take_is_not_read(
 
 
 def test_noise_at_the_best_quality_is_within_the_limit() -> None:
-    assert len(jpeg(512, quality=100, subsampling=0)) < tiled_jpeg.MAX_BYTES_PER_PX * 512**2 / 2
+    assert len(jpeg(512, quality=100, subsampling=0)) < tiled_tiff.MAX_BYTES_PER_PX * 512**2 / 2
 
 
 def test_shared_tables_of_no_jpegs_size_are_refused(

@@ -32,7 +32,7 @@ from carn.slides.opening import MAX_OPEN_SLIDES, _cached
 from carn.slides.slide import MAX_REGION_PX
 
 WriteSlide = Callable[..., Path]
-READERS = {"tiled-jpeg": "jpeg", "openslide": "deflate"}
+READERS = {"tiled-tiff": "jpeg", "openslide": "deflate"}
 
 APERIO = (
     "Aperio Image Library v11.2.1\r\n700x500 [0,0 700x500] (128x128) JPEG/RGB Q=70"
@@ -248,7 +248,7 @@ def test_aperio_says_mpp_and_power_in_its_description(
 def test_philips_says_mpp_in_its_xml(write_slide: WriteSlide) -> None:
     path = write_slide(description=PHILIPS, software="Philips DP v1.0")
     with open_slide(path) as slide, openslide.OpenSlide(str(path)) as peer:
-        assert slide.reader == "tiled-jpeg"
+        assert slide.reader == "tiled-tiff"
         assert slide.properties.vendor == "philips" == peer.properties["openslide.vendor"]
         # Row spacing stands first: it is that of y.
         assert slide.properties.mpp_x == pytest.approx(0.226891)
@@ -431,7 +431,7 @@ def test_a_remote_slide_reads_as_the_local_one(
 
 def test_names_do_not_decide(write_slide: WriteSlide) -> None:
     with open_slide(write_slide("slide.png")) as slide:
-        assert slide.reader == "tiled-jpeg"
+        assert slide.reader == "tiled-tiff"
 
 
 def test_open_slides_do_not_travel(slide: Slide) -> None:
@@ -550,7 +550,7 @@ def test_a_thumbnail_of_a_slide_with_a_damaged_coarse_level_is_made_from_a_finer
     path = write_slide("coarse.tif", extent=(1024, 768), num_levels=3, tile_px=128)
     with open_slide(path) as slide:
         expected = slide.thumbnail(200).astype(int)
-        level = slide._jpeg_levels[2]  # type: ignore[attr-defined]
+        level = slide._tiled_levels[2]  # type: ignore[attr-defined]
         start = int(level.offsets[0])
     with path.open("r+b") as file:
         file.seek(start)

@@ -205,7 +205,7 @@ def test_jpeg_and_openslide_readers_agree(write_slide: WriteSlide) -> None:
     path = write_slide()
     direct = open_slide(path)
     other = OpenSlideSlide(str(path), path)
-    assert (direct.reader, other.reader) == ("tiled-jpeg", "openslide")
+    assert (direct.reader, other.reader) == ("tiled-tiff", "openslide")
     assert direct.levels == other.levels
     assert direct.properties == other.properties
     for region in ((0, 0, 700, 500), (-50, 40, 333, 222), (600, 450, 300, 300)):

@@ -46,7 +46,7 @@ def test_levels_halve_by_the_mean_until_a_screen_shows_them(pixels: np.ndarray) 
 def test_our_reader_opens_it(path: Path, pixels: np.ndarray) -> None:
     levels = list(pyramid_levels(pixels))
     with open_slide(path) as slide:
-        assert slide.reader == "tiled-jpeg"
+        assert slide.reader == "tiled-tiff"
         assert [level.downsample for level in slide.levels] == [1, 2, 4]
         assert slide.mpp == pytest.approx(0.25, rel=1e-4)
         assert slide.properties.icc_profile == icc()

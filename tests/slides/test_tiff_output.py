@@ -127,7 +127,7 @@ def test_every_reader_opens_it(tissue: Rgb, tmp_path: Path, subsampling: str) ->
     assert len(extents) == 3
 
     with open_slide(spec.uri) as slide:
-        assert slide.reader == "tiled-jpeg"
+        assert slide.reader == "tiled-tiff"
         assert tuple((level.width_px, level.height_px) for level in slide.levels) == extents
         assert [level.downsample for level in slide.levels] == [1, 2, 4]
         assert (slide.properties.mpp_x, slide.properties.mpp_y) == pytest.approx((0.25, 0.26))

@@ -203,7 +203,7 @@ def test_plain_images_need_no_mpp(tmp_path: Path) -> None:
 
 def test_a_tiff_that_is_a_slide_is_opened_as_one(write_slide: WriteSlide) -> None:
     path = write_slide(**QUARTER_UM)
-    assert open_view(path, InputConfig()).slide.reader == "tiled-jpeg"
+    assert open_view(path, InputConfig()).slide.reader == "tiled-tiff"
     assert open_view(path, InputConfig(), is_image=True).slide.reader == "image"
 
 

@@ -34,7 +34,7 @@ WriteSlide = Callable[..., Path]
 ICC_TAG = 34675
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-READERS = {"tiled-jpeg": "jpeg", "openslide": "deflate"}
+READERS = {"tiled-tiff": "jpeg", "openslide": "deflate"}
 
 
 def task_of(path: Path, folder: Path, *, scale: int = 2) -> SlideTask:

@@ -1,8 +1,8 @@
-"""The direct reader: TIFF and SVS slides whose levels are JPEG tiles, by byte range.
+"""The direct reader: TIFF and SVS slides whose levels are RGB tiles, by byte range.
 
-Tile positions come from tifffile, bytes from storage, pixels from libjpeg-turbo in its strict mode:
-a damaged tile is an error of that tile alone. Bit-exact with OpenSlide on level 0, 3 to 6 times
-faster, and over S3 only the tiles that are asked for travel.
+Tile positions come from tifffile, bytes from storage, pixels from libjpeg-turbo in its strict mode
+or from imagecodecs: a damaged tile is an error of that tile alone. Bit-exact with OpenSlide on
+level 0, 3 to 6 times faster on JPEG, and over S3 only the tiles that are asked for travel.
 """
 
 import io
@@ -34,6 +34,7 @@ from carn.slides.slide import (
 )
 from carn.slides.tiff_checks import check_is_brightfield
 from carn.slides.tiff_mpp import aperio_number, tiff_mpp
+from carn.slides.tile_codecs import TileCodec
 from carn.storage import ByteSource
 
 # Headers are read in blocks of this size: a directory and its neighbours arrive in one request.
@@ -88,7 +89,7 @@ DIRECTORY_ERRORS = (
 _HOSTILE = ", more than any slide's; it is damaged or hostile"
 
 
-class NotTiledJpegError(Exception):
+class NotTiledTiffError(Exception):
     """The file is none of this reader's; another may read it."""
 
 
@@ -125,7 +126,7 @@ _slide_ids = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _JpegLevel:
+class _TiledLevel:
     """A level's tile grid. `offsets` and `lengths` are per tile, row by row; length 0 is absent."""
 
     width_px: int
@@ -139,6 +140,8 @@ class _JpegLevel:
     tables: bytes
     colours: Colours
     tag_colours: Colours
+    # None of JPEG.
+    codec: TileCodec | None
 
     @property
     def tiles_across(self) -> int:
@@ -157,27 +160,29 @@ class _JpegLevel:
 
     @property
     def max_stream_bytes(self) -> int:
+        if self.codec is not None:
+            return self.codec.max_stream_bytes
         return MAX_JPEG_HEADERS_BYTES + MAX_BYTES_PER_PX * self.tile_width_px * self.tile_height_px
 
 
-class TiledJpegSlide(Slide):
-    """A slide of JPEG tiles. Opened by `carn.slides.open_slide`."""
+class TiledTiffSlide(Slide):
+    """A TIFF of RGB tiles. Opened by `carn.slides.open_slide`."""
 
-    reader = "tiled-jpeg"
+    reader = "tiled-tiff"
 
     def __init__(self, source: ByteSource) -> None:
         """Read the header of an open file or object; closes it when that fails.
 
         Raises:
-            NotTiledJpegError: not a TIFF whose levels are all 8-bit RGB JPEG tiles.
+            NotTiledTiffError: not a TIFF whose levels are all tiles of 8-bit RGB.
             SlideError: such a TIFF, but with an impossible header.
             StorageError: storage failed.
         """
         self._source = source
         self._id = next(_slide_ids)
-        jpeg_levels, properties = _read_header(source)
-        extents = [(level.width_px, level.height_px) for level in jpeg_levels]
-        tile = (jpeg_levels[0].tile_width_px, jpeg_levels[0].tile_height_px)
+        tiled_levels, properties = _read_header(source)
+        extents = [(level.width_px, level.height_px) for level in tiled_levels]
+        tile = (tiled_levels[0].tile_width_px, tiled_levels[0].tile_height_px)
         downsamples = level_downsamples(extents, tile=tile)
         width, height = extents[0]
         levels = tuple(
@@ -191,14 +196,14 @@ class TiledJpegSlide(Slide):
         )
         notes = (
             *properties.notes,
-            *_colour_notes(jpeg_levels[0], source),
-            *_absence_notes(jpeg_levels[0], vendor=properties.vendor),
+            *_colour_notes(tiled_levels[0], source),
+            *_absence_notes(tiled_levels[0], vendor=properties.vendor),
         )
         super().__init__(source.uri, levels=levels, properties=replace(properties, notes=notes))
-        self._jpeg_levels = jpeg_levels
+        self._tiled_levels = tiled_levels
 
     def _read_level(self, x: int, y: int, width: int, height: int, *, level: int) -> Rgb:
-        grid = self._jpeg_levels[level]
+        grid = self._tiled_levels[level]
         tile_width, tile_height = grid.tile_width_px, grid.tile_height_px
         places = [
             (column, row)
@@ -238,13 +243,13 @@ class TiledJpegSlide(Slide):
             y1 = max(y0 + 1, min(round((y + height) * step), found.height_px))
             if (x1 - x0) * (y1 - y0) > STRIP_PX:
                 break
-            if self._jpeg_levels[finer].has_tiles(x0, y0, x1, y1):
+            if self._tiled_levels[finer].has_tiles(x0, y0, x1, y1):
                 pixels = self._read_level(x0, y0, x1 - x0, y1 - y0, level=finer)
                 return smaller(pixels, (width, height))
         return np.full((height, width, 3), 255, dtype=np.uint8)
 
     def _fetch(
-        self, places: list[tuple[int, int]], grid: _JpegLevel, *, level: int
+        self, places: list[tuple[int, int]], grid: _TiledLevel, *, level: int
     ) -> list[bytes | None]:
         """The JPEG stream of each (column, row), None for tiles the scanner left out."""
         numbers = [row * grid.tiles_across + column for column, row in places]
@@ -275,13 +280,18 @@ class TiledJpegSlide(Slide):
         stream: bytes,
         column: int,
         row: int,
-        grid: _JpegLevel,
+        grid: _TiledLevel,
         *,
         level: int,
         strict: bool = True,
     ) -> Rgb:
         expected = (grid.tile_height_px, grid.tile_width_px, 3)
         fail = partial(self._damaged, x=column * expected[1], y=row * expected[0], level=level)
+        if grid.codec is not None:
+            try:
+                return grid.codec.decode(stream)
+            except ValueError as error:
+                raise fail(str(error)) from error
         if stream[:2] != SOI:
             raise fail("it does not start as a JPEG stream")
         if (num_scans := stream.count(SOS)) > MAX_JPEG_SCANS:
@@ -306,7 +316,7 @@ class TiledJpegSlide(Slide):
         self._source.close()
 
 
-def with_colours(stream: bytes, grid: _JpegLevel) -> bytes:
+def with_colours(stream: bytes, grid: _TiledLevel) -> bytes:
     """A tile's stream with the level's tables, and a marker that says which colours it has.
 
     Where the stream says it itself, that counts: QuPath up to 0.4.3 wrote YCbCr under a tag of RGB.
@@ -316,10 +326,10 @@ def with_colours(stream: bytes, grid: _JpegLevel) -> bytes:
     return SOI + marker + grid.tables + stream[_skip_application_markers(stream) :]
 
 
-def _colour_notes(grid: _JpegLevel, source: ByteSource) -> tuple[str, ...]:
+def _colour_notes(grid: _TiledLevel, source: ByteSource) -> tuple[str, ...]:
     """Say where the streams of a level have other colours than the TIFF says, by one of them."""
     present = np.flatnonzero(grid.lengths)
-    if not len(present):
+    if grid.codec is not None or not len(present):
         return ()
     middle = present[len(present) // 2]
     length = min(int(grid.lengths[middle]), COLOURS_READ_BYTES)
@@ -331,7 +341,7 @@ def _colour_notes(grid: _JpegLevel, source: ByteSource) -> tuple[str, ...]:
     return (f"colours by its JPEG streams, {names[found]}, not by the TIFF tag",)
 
 
-def _absence_notes(grid: _JpegLevel, *, vendor: str) -> tuple[str, ...]:
+def _absence_notes(grid: _TiledLevel, *, vendor: str) -> tuple[str, ...]:
     """Say how many tiles a file lacks that no scanner wrote, and so did not leave out."""
     number = int((grid.lengths[: grid.tiles_across * grid.tiles_down] == 0).sum())
     if not number or vendor in SPARSE_VENDORS:
@@ -363,7 +373,7 @@ def _skip_application_markers(stream: bytes) -> int:
 # -------------------------------------------------------------------------------------- header
 
 
-def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]:
+def _read_header(source: ByteSource) -> tuple[list[_TiledLevel], SlideProperties]:
     file = HeaderFile(source)
     try:
         with tifffile.TiffFile(file) as tiff:
@@ -380,28 +390,28 @@ def _read_header(source: ByteSource) -> tuple[list[_JpegLevel], SlideProperties]
                 check_is_brightfield([pages[0], *others], source.uri)
             if tiff.is_scn or tiff.is_bif or tiff.is_ndpi or tiff.is_qpi:
                 # Several images, overlapping tiles or strips under a TIFF's clothes.
-                raise NotTiledJpegError("a vendor's own layout")
+                raise NotTiledTiffError("a vendor's own layout")
             if not pages or not _is_level(found[0]):
-                raise NotTiledJpegError("the first image is not tiled")
-            if not all(_is_rgb_jpeg(page) for page in pages):
-                raise NotTiledJpegError("not all levels are RGB JPEG tiles")
-            levels = [_jpeg_level(page, source.uri) for page in _pyramid(pages)]
+                raise NotTiledTiffError("the first image is not tiled")
+            if not all(_is_rgb_jpeg(page) or TileCodec.of(page) for page in pages):
+                raise NotTiledTiffError(_why_not(pages))
+            levels = [_tiled_level(page, source.uri) for page in _pyramid(pages)]
             _check_is_whole(levels, source)
             return levels, _properties(tiff, pages[0])
     except SlideError:
         raise
-    except (NotTiledJpegError, tifffile.TiffFileError, *DIRECTORY_ERRORS) as error:
+    except (NotTiledTiffError, tifffile.TiffFileError, *DIRECTORY_ERRORS) as error:
         # tifffile takes what the file refuses for damage, and goes on or gives up.
         if file.refusal is not None:
             raise SlideError(source.uri, file.refusal) from error
-        if isinstance(error, NotTiledJpegError):
+        if isinstance(error, NotTiledTiffError):
             raise
         # What cannot be checked is not handed on.
         if source.read_ranges([(0, len(TIFF_HEADS[0]))])[0] in TIFF_HEADS:
             raise SlideError(
                 source.uri, f"cannot be opened: a damaged TIFF directory ({error!s:.200})"
             ) from error
-        raise NotTiledJpegError(str(error)) from error
+        raise NotTiledTiffError(str(error)) from error
 
 
 def _pages(tiff: tifffile.TiffFile, uri: str) -> list[Any]:
@@ -449,6 +459,21 @@ def _check_tiles(pages: list[Any], uri: str) -> None:
                 f"has tiles of {sides[0]} x {sides[1]} px; sides of {MIN_TILE_PX} to {MAX_TILE_PX} "
                 "px are read: store it anew with such tiles",
             )
+
+
+def _why_not(pages: list[Any]) -> str:
+    """Why tiles are not read directly, with the codec's own name."""
+    found = sorted({_codec_name(page) for page in pages})
+    colours = getattr(pages[0].photometric, "name", pages[0].photometric)
+    return (
+        f"tiles of {', '.join(found)} in {colours} are not read by it; store it anew as RGB in "
+        "tiles of JPEG or Deflate"
+    )
+
+
+def _codec_name(page: Any) -> str:
+    # A number that tifffile does not know stays one.
+    return str(getattr(page.compression, "name", page.compression))
 
 
 def _is_rgb_jpeg(page: Any) -> bool:
@@ -505,7 +530,7 @@ def _divides(base: Any, page: Any) -> bool:
     )
 
 
-def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
+def _tiled_level(page: Any, uri: str) -> _TiledLevel:
     offsets = np.asarray(page.dataoffsets, dtype=np.uint64)
     lengths = np.asarray(page.databytecounts, dtype=np.uint32)
     # By the tags: where they say nothing, tifffile takes a tile's extent for the image's.
@@ -527,7 +552,7 @@ def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
             "header is damaged or hostile",
         )
     by_tag: Colours = "rgb" if page.photometric == tifffile.PHOTOMETRIC.RGB else "ycbcr"
-    return _JpegLevel(
+    return _TiledLevel(
         width_px=width,
         height_px=height,
         tile_width_px=page.tilewidth,
@@ -537,10 +562,11 @@ def _jpeg_level(page: Any, uri: str) -> _JpegLevel:
         tables=tables[_skip_application_markers(tables) :].removesuffix(EOI) if tables else b"",
         colours=stream_colours(tables) or by_tag,
         tag_colours=by_tag,
+        codec=TileCodec.of(page),
     )
 
 
-def _check_is_whole(levels: list[_JpegLevel], source: ByteSource) -> None:
+def _check_is_whole(levels: list[_TiledLevel], source: ByteSource) -> None:
     """Refuse a file that was cut off: transferring it again helps, reading its remains does not."""
     beyond = sum(
         int(((level.offsets + level.lengths > source.size) & (level.lengths > 0)).sum())

@@ -22,7 +22,7 @@ from carn import storage
 from carn.errors import DamagedTileError, SlideError
 from carn.slides import Slide, open_slide
 from carn.slides.slide import level_downsamples
-from carn.slides.tiled_jpeg import NotTiledJpegError, TiledJpegSlide
+from carn.slides.tiled_tiff import NotTiledTiffError, TiledTiffSlide
 
 REAL_SLIDES = [
     "CMU-1-Small-Region.svs",
@@ -46,7 +46,7 @@ def by_openslide(
 def assert_same_as_openslide(path: Path, *, num_regions: int = 12) -> None:
     rng = np.random.default_rng(7)
     with open_slide(path) as slide, openslide.OpenSlide(str(path)) as peer:
-        assert slide.reader == "tiled-jpeg"
+        assert slide.reader == "tiled-tiff"
         assert slide.extent == peer.dimensions
         width, height = slide.extent
         corners = [(-30, -20), (width - 50, height - 40), (-30, height - 40)]
@@ -470,8 +470,8 @@ def test_a_lossless_slide_is_none_of_this_readers(write_slide: WriteSlide, tmp_p
     pixels = np.zeros((64, 64, 3), np.uint8)
     tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", compression="deflate")
     source = storage.open_source(str(path))
-    with pytest.raises(NotTiledJpegError):
-        TiledJpegSlide(source)
+    with pytest.raises(NotTiledTiffError):
+        TiledTiffSlide(source)
     source.close()
 
 
@@ -517,7 +517,7 @@ def test_ome_levels_in_subifds_are_levels(tmp_path: Path) -> None:
         writer.write(pixels[::2, ::2], subfiletype=1, **options)
         writer.write(pixels[::4, ::4], subfiletype=1, **options)
     with open_slide(path) as slide:
-        assert slide.reader == "tiled-jpeg"
+        assert slide.reader == "tiled-tiff"
         assert [level.downsample for level in slide.levels] == [1.0, 2.0, 4.0]
 
 
@@ -567,7 +567,7 @@ def test_tiles_cut_by_a_region_are_decoded_once(
         decoded.append(1)
         return decode(*args, **options)
 
-    monkeypatch.setattr("carn.slides.tiled_jpeg.simplejpeg.decode_jpeg", counted)
+    monkeypatch.setattr("carn.slides.tiled_tiff.simplejpeg.decode_jpeg", counted)
     with open_slide(write_slide()) as slide:
         slide.read_region(64, 64, 128, 128)
         slide.read_region(192, 64, 128, 128)
