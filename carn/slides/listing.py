@@ -3,6 +3,7 @@
 import fnmatch
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +14,18 @@ from carn.storage import ObjectStat
 
 logger = logging.getLogger(__name__)
 
-# What OpenSlide names as its formats (https://openslide.org/formats/). A name only proposes: what a
-# file is gets decided by its content, when it is opened.
+# What OpenSlide names as its formats (https://openslide.org/formats/), other names of TIFF, and
+# slides that nothing here reads: better named as failed than passed over. A name only proposes:
+# what a file is gets decided by its content, when it is opened.
 SLIDE_SUFFIXES = (
     *(".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".dcm", ".vms", ".vmu", ".czi"),
-    ".svslide",
+    *(".svslide", ".ptif", ".ptiff", ".btf", ".tf2", ".tf8", ".qptiff", ".isyntax", ".i2syntax"),
 )
+# A DICOM file begins with 128 bytes of anything and this (DICOM PS3.10, section 7.1).
+DICOM_MAGIC = b"DICM"
+DICOM_MAGIC_AT = 128
+# Suffixes of left-out files that are told.
+MAX_SUFFIXES_TOLD = 8
 # What makes a name a pattern.
 GLOB = re.compile(r"[*?\[]")
 # Where a DICOM header of an ordinary slide names its series: well within its first kilobytes.
@@ -38,9 +45,10 @@ def list_slides(roots: Sequence[str]) -> list[str]:
 def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
     """The slides below folders or prefixes, that match, or named one by one, by URI and distinct.
 
-    Files are proposed by their suffix. Of the files of one DICOM series, which are one slide, the
-    first by name stands for all. Object storage tells sizes and tags with the names, a thousand a
-    request.
+    Files are proposed by their suffix; those without one, or with a number for one, are where they
+    are DICOM by content. How many others there are is told in the log. Of the files of one DICOM
+    series, which are one slide, the first by name stands for all. Object storage tells sizes and
+    tags with the names, a thousand a request.
 
     Raises:
         MissingObjectError: a root is neither a file nor a folder or prefix with anything in it, or
@@ -53,16 +61,17 @@ def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
         if root.lower().endswith(SLIDE_SUFFIXES) and storage.is_file(root):
             found[root] = storage.stat(root)
             continue
-        if (folder := pattern_folder(root)) is not None:
+        if (folder := searched_folder(root)) is not None:
             matching = find_matching(root, folder, SLIDE_SUFFIXES)
             found.update((item.uri, item) for item in matching)
             continue
         below = storage.list_objects(root)
         if not below:
             raise MissingObjectError(root, "no file here, and no folder or prefix with files in it")
-        found.update(
-            (item.uri, item) for item in below if item.uri.lower().endswith(SLIDE_SUFFIXES)
-        )
+        proposed = [item for item in below if item.uri.lower().endswith(SLIDE_SUFFIXES)]
+        proposed += _nameless_dicom(below)
+        found.update((item.uri, item) for item in proposed)
+        _tell_left_out(root, [item for item in below if item.uri not in found])
     return [found[uri] for uri in _one_per_dicom_series(sorted(found))]
 
 
@@ -75,6 +84,17 @@ def pattern_folder(uri: str) -> str | None:
     if wildcard is None or (not storage.is_s3(uri) and Path(uri).exists()):
         return None
     return uri[: wildcard.start()].rpartition("/")[0]
+
+
+def searched_folder(uri: str) -> str | None:
+    """As `pattern_folder`, for names on object storage as well, which is asked.
+
+    Raises:
+        StorageError: storage does not answer.
+    """
+    folder = pattern_folder(uri)
+    is_key = folder is not None and storage.is_s3(uri) and "[" in uri
+    return None if is_key and (storage.is_file(uri) or storage.list_objects(uri)) else folder
 
 
 def find_matching(pattern: str, folder: str, suffixes: Sequence[str]) -> list[ObjectStat]:
@@ -107,6 +127,36 @@ def _matches(uri: str, pattern: str) -> bool:
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
+def _nameless_dicom(below: Sequence[ObjectStat]) -> list[ObjectStat]:
+    """Files without a suffix, or with a number for one as UIDs have, that are DICOM by content."""
+    nameless = [
+        item
+        for item in below
+        if _is_nameless(storage.name_of(item.uri)) and item.size > DICOM_MAGIC_AT
+    ]
+    with ThreadPoolExecutor(NUM_HEADER_THREADS) as pool:
+        verdicts = list(pool.map(lambda item: DICOM_MAGIC in _head_of(item.uri)[128:132], nameless))
+    return [item for item, is_dicom in zip(nameless, verdicts, strict=True) if is_dicom]
+
+
+def _is_nameless(name: str) -> bool:
+    suffix = Path(name).suffix
+    return not suffix or suffix[1:].isdigit()
+
+
+def _tell_left_out(root: str, items: Sequence[ObjectStat]) -> None:
+    if not items:
+        return
+    suffixes = Counter(Path(item.uri).suffix.lower() or "without a suffix" for item in items)
+    told = [f"{number} {name}" for name, number in suffixes.most_common(MAX_SUFFIXES_TOLD)]
+    more = len(suffixes) - len(told)
+    listed = ", ".join(told) + (f" and {more} other kinds" if more else "")
+    logger.info(
+        "%s: %d files are left out, for they are not named as slides: %s",
+        *(root, len(items), listed),
+    )
+
+
 def _one_per_dicom_series(uris: list[str]) -> list[str]:
     dicom = [uri for uri in uris if _is_dicom(uri)]
     with ThreadPoolExecutor(NUM_HEADER_THREADS) as pool:
@@ -124,17 +174,25 @@ def _one_per_dicom_series(uris: list[str]) -> list[str]:
 
 
 def _is_dicom(uri: str) -> bool:
-    return Path(storage.name_of(uri)).suffix.lower() == ".dcm"
+    name = storage.name_of(uri)
+    return Path(name).suffix.lower() == ".dcm" or _is_nameless(name)
 
 
 def _series_uid(uri: str) -> bytes | None:
+    found = SERIES_UID.search(_head_of(uri))
+    return found.group(2) if found else None
+
+
+def _head_of(uri: str) -> bytes:
+    """The first kilobytes; none of what cannot be read, which is an error when it is opened."""
     try:
         source = storage.open_source(uri)
-    except StorageError:  # it stands for itself, and is an error when it is opened
-        return None
+    except StorageError:
+        return b""
     try:
         (header,) = source.read_ranges([(0, DICOM_HEADER_BYTES)])
+    except StorageError:
+        return b""
     finally:
         source.close()
-    found = SERIES_UID.search(header)
-    return found.group(2) if found else None
+    return header

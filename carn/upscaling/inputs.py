@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from carn import storage
 from carn.errors import CarnError, MissingObjectError
 from carn.slides.image import IMAGE_SUFFIXES
-from carn.slides.listing import SLIDE_SUFFIXES, find_matching, find_slides, pattern_folder
+from carn.slides.listing import SLIDE_SUFFIXES, find_matching, find_slides, searched_folder
 from carn.slides.slide import plausible_mpp
 from carn.storage import ObjectStat
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 NUM_IDENTITY_THREADS = 16
 # Of a manifest: a million names of 64 characters.
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+_COMMENT = re.compile(r"^\s*#|\s#\s")
 # Folders below an output that are the program's own.
 RESERVED = ("_state", "_work")
 
@@ -51,10 +53,10 @@ class SlideInput:
 def find_inputs(slides: Sequence[str], images: Sequence[str] = ()) -> list[SlideInput]:
     """What lies below folders and prefixes, matches globs, or stands in manifests; ordered by name.
 
-    A manifest is a .txt with a URI on each line (what follows a # is a comment), or a .csv with a
-    header: `uri`, and if wanted `mpp` (um per level-0 px) and `name`. A single file that cannot be
-    read becomes an input with a problem, and so do all but the first of those that would take the
-    same name.
+    A manifest is a .txt with a URI on each line (# begins a comment at the start of a line, or
+    between spaces), or a .csv with a header: `uri`, and if wanted `mpp` (um per level-0 px) and
+    `name`. A single file that cannot be read becomes an input with a problem, and so do all but the
+    first of those that would take the same name.
 
     Args:
         slides: folders, prefixes, globs (`s3://lab/2026-*/*.svs`; `*` stays within a folder), slide
@@ -77,6 +79,10 @@ def find_inputs(slides: Sequence[str], images: Sequence[str] = ()) -> list[Slide
                 empty.append(error)
     if empty and not found:
         raise empty[0]
+    if not found:
+        raise MissingObjectError(
+            ", ".join(slides), "there are files here, but none that is named as a slide is"
+        )
     for missing in empty:
         logger.warning("%s", missing)
     with ThreadPoolExecutor(NUM_IDENTITY_THREADS) as pool:
@@ -88,7 +94,7 @@ def _below(given: str, *, is_image: bool) -> list[SlideInput]:
     root = storage.normalize(given)
     if root.lower().endswith((".txt", ".csv")):
         return _of_manifest(root, is_image=is_image)
-    base = pattern_folder(root)
+    base = searched_folder(root)
     if base is not None:
         found = find_matching(root, base, IMAGE_SUFFIXES if is_image else SLIDE_SUFFIXES)
     elif is_image:
@@ -155,7 +161,8 @@ def _manifest_rows(uri: str) -> list[dict[str, str | None]]:
     text = storage.read_bytes(uri, max_bytes=MAX_MANIFEST_BYTES).decode("utf-8-sig")
     rows: Iterable[dict[str, str | None]]
     if uri.lower().endswith(".txt"):
-        lines = (line.split("#", maxsplit=1)[0].strip() for line in text.splitlines())
+        # Names of files hold # as well: "Slide #3.svs".
+        lines = (_COMMENT.split(line, maxsplit=1)[0].strip() for line in text.splitlines())
         rows = [{"uri": line} for line in lines if line]
     else:
         reader = csv.DictReader(io.StringIO(text))

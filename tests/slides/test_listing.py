@@ -110,3 +110,27 @@ def test_unknown_storage_is_a_value_error(s3: Any) -> None:
     del s3
     with pytest.raises(ValueError, match="'gs' is not supported"):
         list_slides(["gs://bucket"])
+
+
+def test_dicom_without_a_suffix_is_known_by_its_content(
+    root: str, put: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    (plain,) = put("x/IM0001", content=dicom(b"1.2.3"))
+    (uid,) = put("x/1.2.840.5", content=dicom(b"1.2.4"))
+    put("x/same", content=dicom(b"1.2.3"))
+    put("x/README", "x/notes.json", "x/1.2.9", content=b"x" * 200)
+    with caplog.at_level("INFO"):
+        assert list_slides([root]) == sorted([plain, uid])
+    assert "3 files are left out" in caplog.text
+    assert "1 .json" in caplog.text
+    (alone,) = put("y/a.isyntax")  # no reader has it: better named as failed than passed over
+    assert list_slides([storage.join(root, "y")]) == [alone]
+
+
+def test_wildcards_in_the_name_of_an_object_are_its_own(s3: Any, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    for key in ("in [1]/a.svs", "in 1/b.svs", "c[2].svs"):
+        s3.put(key, tmp_path / "x")
+    assert list_slides([s3.uri("in [1]")]) == [s3.uri("in [1]/a.svs")]
+    assert list_slides([s3.uri("c[2].svs")]) == [s3.uri("c[2].svs")]
+    assert list_slides([s3.uri("in [0-9]*/*.svs")]) == [s3.uri("in 1/b.svs")]

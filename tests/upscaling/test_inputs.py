@@ -72,6 +72,11 @@ def test_manifests(inbox: Path, tmp_path: Path) -> None:
     lines = tmp_path / "night.txt"
     lines.write_text(f"# tonight\n{inbox}/a/One.svs  # urgent\n\n{inbox}/b/Two.tif\n")
     assert [item.name for item in find_inputs([str(lines)])] == ["One", "Two"]
+    odd = inbox / "a" / "Slide #3.svs"
+    (inbox / "a" / "One.svs").rename(odd)
+    lines.write_text(f"  # tonight\n{odd}\n{odd} # again\n")
+    assert [item.name for item in find_inputs([str(lines)])] == ["Slide #3"]
+    odd.rename(inbox / "a" / "One.svs")
     table = tmp_path / "night.csv"
     table.write_text(f"uri,mpp,name\n{inbox}/a/One.svs,0.5,cases/first\n{inbox}/b/Two.tif,,\n")
     first, second = find_inputs([str(table)])
@@ -119,6 +124,13 @@ def test_images(inbox: Path, tmp_path: Path) -> None:
     assert [(item.name, item.is_image) for item in found if item.is_image] == [("x", True)]
     with pytest.raises(MissingObjectError, match="no images"):
         find_inputs([], [str(inbox / "a")])
+
+
+def test_a_folder_with_no_slide_in_it_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.json").write_text("{}")
+    with pytest.raises(MissingObjectError, match="none that is named as a slide"):
+        find_inputs([str(tmp_path / "in")])
 
 
 def test_an_empty_folder_among_others_is_no_error(inbox: Path, tmp_path: Path) -> None:
