@@ -26,7 +26,7 @@ from carn.upscaling.outbox import (
     sweep_abandoned,
     sweep_stale,
 )
-from carn.upscaling.suitability import TrainingRange
+from carn.upscaling.suitability import TrainingRange, with_range
 from carn.upscaling.task import SlidePlan, SlideTask
 from carn.upscaling.telling import tell, told_by
 from carn.version import code_version
@@ -83,7 +83,8 @@ def make_task(
     job: SuperResolveJob, item: SlideInput, *, checkpoint: Checkpoint, halo_px: int, output: str
 ) -> SlideTask:
     """What is to be made of an input."""
-    given = job.input
+    trained = TrainingRange.of(checkpoint)
+    given = with_range(job.input, trained)
     if item.mpp_um is not None:
         given = dataclasses.replace(given, mpp=item.mpp_um)
     return SlideTask(
@@ -105,7 +106,7 @@ def make_task(
         code_version=code_version(),
         self_ensemble=job.engine.self_ensemble,
         told=told_by(job.lr_like, scale=checkpoint.scale),
-        trained=TrainingRange.of(checkpoint),
+        trained=trained,
     )
 
 

@@ -30,7 +30,12 @@ from carn.upscaling.blocks import block_region, num_blocks, read_block, upscale_
 from carn.upscaling.calibration import Calibration, calibrate
 from carn.upscaling.engine import Engine, EngineConfig, make_engine
 from carn.upscaling.lr_view import InputConfig, LrView, open_view
-from carn.upscaling.suitability import TrainingRange, file_warnings, pixel_warnings
+from carn.upscaling.suitability import (
+    TrainingRange,
+    file_warnings,
+    pixel_warnings,
+    with_range,
+)
 from carn.upscaling.telling import tell, told_by
 from carn.version import code_version
 
@@ -95,6 +100,8 @@ def upscale_images(
     """
     uris = list_images(images)
     checkpoint = read_checkpoint(config.checkpoint or shipped_for(None))
+    trained = TrainingRange.of(checkpoint)
+    config = dataclasses.replace(config, input=with_range(config.input, trained))
     model = load_model(checkpoint)
     told = told_by(config.lr_like, scale=checkpoint.scale)
     tell(model, told, network=checkpoint.uri)
@@ -116,7 +123,7 @@ def upscale_images(
                 engine=engine,
                 weights=weights,
                 told=told,
-                trained=TrainingRange.of(checkpoint),
+                trained=trained,
                 is_first="written" not in outcomes.values(),
             )
         except CarnError as error:
@@ -164,7 +171,7 @@ def _upscale_image(
     source = {
         "input": storage.content_hash(uri, max_bytes=MAX_IMAGE_BYTES),
         "checkpoint": weights,
-        "input_config": dataclasses.asdict(config.input),
+        "input_config": config.input.settings(),
         "self_ensemble": engine.self_ensemble,
         "told": dict(told),
     }
@@ -182,7 +189,9 @@ def _upscale_image(
         pixels, found = upscale_view(view, model, engine, is_measured=is_first)
         compression = read_compression(view.slide, level=view.level)
         warnings = (
-            *file_warnings(trained, compression=compression, mpp=view.mpp),
+            *file_warnings(
+                trained, compression=compression, mpp=view.mpp, mpp_range=config.input.mpp_range
+            ),
             *pixel_warnings(trained, pixels=found.pixels, mpp=view.mpp),
         )
         for warning in warnings:

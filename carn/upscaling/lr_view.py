@@ -6,9 +6,9 @@ Frame: LR px of the view, (0, 0) at the slide's top-left corner.
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ Box = tuple[int, int, int, int]
 # By how much two resolutions may differ and still count as the same: calibrated scanners of one
 # model differ by a percent or so.
 MPP_TOLERANCE = 0.02
+# Um per level-0 px of any brightfield scan, overviews included: 100x under oil to 0.5x.
+SCANNED_MPP = (0.05, 20.0)
 # Images that are never slides, and those that may be one.
 PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -46,6 +48,12 @@ class InputConfig:
     """Bring that level to just --input-mpp, by antialiased bicubic resampling."""
     mpp: float | None = None
     """Um per level-0 px, for slides and images that do not say."""
+    mpp_range: tuple[float, float] | None = None
+    """Um per LR px, least and largest, that the network is fit for; None for what its checkpoint
+    was trained on, where that is known."""
+    on_odd_mpp: Literal["warn", "level", "fail"] = "warn"
+    """A slide outside of it is done and warned of; is brought to the finest pyramid level that lies
+    within, where it has one; or fails."""
     on_damaged_tile: Literal["fail", "upsample"] = "fail"
     """A place that cannot be decoded fails its slide, or is enlarged from the next coarser level
     (white where there is none) and listed."""
@@ -63,10 +71,26 @@ class InputConfig:
             )
         if self.resample and self.input_mpp is None:
             raise ValueError("resample=True needs input_mpp, the um per px to resample to")
+        if self.mpp_range is not None and not 0 < self.mpp_range[0] <= self.mpp_range[1]:
+            raise ValueError(f"mpp_range={self.mpp_range} must be um per px: least, then largest")
+        if self.on_odd_mpp not in ("warn", "level", "fail"):
+            raise ValueError(f"on_odd_mpp={self.on_odd_mpp!r} must be 'warn', 'level' or 'fail'")
+        if self.on_odd_mpp == "level" and (self.level is not None or self.input_mpp is not None):
+            raise ValueError(
+                "on_odd_mpp='level' chooses a level, and so do level and input_mpp: give one"
+            )
         if self.on_damaged_tile not in ("fail", "upsample"):
             raise ValueError(
                 f"on_damaged_tile={self.on_damaged_tile!r} must be 'fail' or 'upsample'"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the pixels, as JSON values."""
+        settings = asdict(self)
+        if self.on_odd_mpp != "level":
+            # Left out for what was finished before there was a choice.
+            del settings["mpp_range"], settings["on_odd_mpp"]
+        return settings
 
 
 class LrView:
@@ -235,6 +259,8 @@ def _base_mpp(slide: Slide, config: InputConfig) -> tuple[float, float] | None:
     mpp_x, mpp_y = slide.properties.mpp_x, slide.properties.mpp_y
     if mpp_x is not None and mpp_y is not None:
         given = config.mpp
+        if given is not None and not SCANNED_MPP[0] <= (mpp_x + mpp_y) / 2 <= SCANNED_MPP[1]:
+            return given, given
         if given is not None and any(
             abs(given / said - 1) > MPP_TOLERANCE for said in (mpp_x, mpp_y)
         ):
@@ -253,7 +279,7 @@ def _base_mpp(slide: Slide, config: InputConfig) -> tuple[float, float] | None:
 
 def _chosen_level(slide: Slide, config: InputConfig, mpp: tuple[float, float] | None) -> int:
     if config.input_mpp is None:
-        level = config.level or 0
+        level = _level_within(slide, config, mpp) if config.level is None else config.level
         if level >= len(slide.levels):
             raise SlideError(
                 slide.uri,
@@ -287,6 +313,24 @@ def _chosen_level(slide: Slide, config: InputConfig, mpp: tuple[float, float] | 
             *(slide.uri, chosen, found, wanted),
         )
     return chosen
+
+
+def _level_within(slide: Slide, config: InputConfig, mpp: tuple[float, float] | None) -> int:
+    """Level 0, or what is wanted of a slide that is not of the px size that the network knows."""
+    if config.mpp_range is None or mpp is None or config.on_odd_mpp == "warn":
+        return 0
+    low, high = config.mpp_range
+    sizes = [level.downsample * sum(mpp) / 2 for level in slide.levels]
+    within = [number for number, size in enumerate(sizes) if low <= size <= high]
+    if within and (within[0] == 0 or config.on_odd_mpp == "level"):
+        return within[0]
+    if config.on_odd_mpp == "level":
+        return 0  # there is none: it is warned of
+    raise SlideError(
+        slide.uri,
+        f"has {sizes[0]:.3g} um per px, and the network is fit for {low:.3g} to {high:.3g}; "
+        "choose a level (--input-mpp, --on-odd-mpp level), or say --on-odd-mpp warn",
+    )
 
 
 # ------------------------------------------------------------------------------------- reading

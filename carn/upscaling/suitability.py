@@ -1,13 +1,14 @@
 """Hold a slide against the LR that its network was trained on."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from carn.degradation.config import DegradationConfig
 from carn.degradation.describe import CALIBRATED_MPP, PixelEstimates
 from carn.models.checkpoint import Checkpoint
 from carn.slides.compression import Compression
+from carn.upscaling.lr_view import SCANNED_MPP, InputConfig
 
 # Scanners of one nominal magnification differ by as much: 20x is 0.45 to 0.55 um per px.
 MPP_TOLERANCE = 0.15
@@ -30,6 +31,13 @@ class TrainingRange:
     blur_px: tuple[float, float]
     has_sharpened: bool
     lr_mpp: tuple[float, float] | None
+
+    @property
+    def mpp_range(self) -> tuple[float, float] | None:
+        """Um per LR px that the network is fit for: those of training, and a little beyond."""
+        if self.lr_mpp is None:
+            return None
+        return self.lr_mpp[0] / (1 + MPP_TOLERANCE), self.lr_mpp[1] * (1 + MPP_TOLERANCE)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self | None:
@@ -69,11 +77,19 @@ class TrainingRange:
         return cls(**plain)
 
 
+def with_range(config: InputConfig, trained: TrainingRange | None) -> InputConfig:
+    """The settings with the px size that a network is fit for, where nobody says another."""
+    if config.mpp_range is not None or trained is None:
+        return config
+    return replace(config, mpp_range=trained.mpp_range)
+
+
 def file_warnings(
     trained: TrainingRange | None,
     *,
     compression: Compression,
     mpp: tuple[float, float] | None,
+    mpp_range: tuple[float, float] | None = None,
 ) -> tuple[str, ...]:
     """Say in what a slide's file is unlike training, each with its number and training's.
 
@@ -81,9 +97,15 @@ def file_warnings(
         trained: by `TrainingRange.of`.
         compression: of the level that is read.
         mpp: um per LR px, (x, y).
+        mpp_range: of `with_range`.
     """
+    found = _mpp_warnings(mpp, mpp_range, network=trained.network if trained else "the network")
     if trained is None:
-        return ()
+        return found
+    return (*_compression_warnings(trained, compression), *found)
+
+
+def _compression_warnings(trained: TrainingRange, compression: Compression) -> tuple[str, ...]:
     found = []
     quality = compression.quality
     if compression.codec in ("jpeg2000", "other"):
@@ -102,16 +124,24 @@ def file_warnings(
                 f"JPEG quality {about}{quality.quality}; {trained.network} was trained on {low} "
                 f"to {high}"
             )
-    if mpp is not None and trained.lr_mpp is not None:
-        finest, coarsest = trained.lr_mpp
-        mean = (mpp[0] + mpp[1]) / 2
-        if not finest / (1 + MPP_TOLERANCE) <= mean <= coarsest * (1 + MPP_TOLERANCE):
-            span = f"{finest:.3g} to {coarsest:.3g}" if finest < coarsest else f"{finest:.3g}"
-            found.append(
-                f"{mean:.3g} um per px; {trained.network} was trained on {span}: --input-mpp "
-                "chooses another level"
-            )
     return tuple(found)
+
+
+def _mpp_warnings(
+    mpp: tuple[float, float] | None, mpp_range: tuple[float, float] | None, *, network: str
+) -> tuple[str, ...]:
+    if mpp is None:
+        return ()
+    mean = (mpp[0] + mpp[1]) / 2
+    if not SCANNED_MPP[0] <= mean <= SCANNED_MPP[1]:
+        return (f"{mean:.3g} um per px, which no scanner of slides makes: --mpp corrects it",)
+    if mpp_range is None or mpp_range[0] <= mean <= mpp_range[1]:
+        return ()
+    low, high = mpp_range
+    return (
+        f"{mean:.3g} um per px; {network} is fit for {low:.3g} to {high:.3g}: --input-mpp and "
+        "--on-odd-mpp choose another level",
+    )
 
 
 def pixel_warnings(

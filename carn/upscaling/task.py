@@ -78,7 +78,8 @@ class SlideTask:
     def settings(self) -> dict[str, Any]:
         """All that decides the pixels, beside the input and the network."""
         every = asdict(self)
-        settings = {name: every[name] for name in ("input", "pixels", "precision", "format")}
+        settings = {name: every[name] for name in ("pixels", "precision", "format")}
+        settings["input"] = self.input.settings()
         # Left out where they are off, for slides that were finished before there was a choice.
         settings |= {"self_ensemble": True} if self.self_ensemble else {}
         return settings | ({"told": dict(self.told)} if self.told else {})
@@ -131,7 +132,9 @@ class SlideTask:
     def from_json(cls, text: str) -> "SlideTask":
         """The task of `to_json`."""
         content = json.loads(text)
-        content["input"] = InputConfig(**content["input"])
+        given = content["input"]
+        given["mpp_range"] = given["mpp_range"] and tuple(given["mpp_range"])
+        content["input"] = InputConfig(**given)
         content["pixels"] = PixelConfig(**content["pixels"])
         content["format"] = SlideFormat(**content["format"])
         content["trained"] = TrainingRange.from_json_values(content["trained"])
@@ -189,7 +192,7 @@ class SlidePlan:
         content["spec"] = OutputSpec.from_json(content["spec"])
         pairs = ("lr_extent", "mpp", "downsample", "l0_extent", "show_cell")
         for name in (*pairs, "done", "notes", "foreign_levels", "warnings"):
-            content[name] = content[name] and tuple(content[name])
+            content[name] = None if content[name] is None else tuple(content[name])
         return cls(**content)
 
 

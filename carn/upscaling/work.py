@@ -102,7 +102,12 @@ def inspect(task: SlideTask) -> SlidePlan:
             compression=str(compression),
             notes=view.slide.notes,
             foreign_levels=tuple(sorted(view.slide.foreign_levels)),
-            warnings=file_warnings(task.trained, compression=compression, mpp=view.mpp),
+            warnings=file_warnings(
+                task.trained,
+                compression=compression,
+                mpp=view.mpp,
+                mpp_range=task.input.mpp_range,
+            ),
             show=show,
             show_cell=show_cell,
         )

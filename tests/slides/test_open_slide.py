@@ -32,7 +32,7 @@ from carn.slides.opening import MAX_OPEN_SLIDES, _cached
 from carn.slides.slide import MAX_REGION_PX
 
 WriteSlide = Callable[..., Path]
-READERS = {"tiled-tiff": "jpeg", "openslide": "deflate"}
+READERS = {"tiled-tiff": "jpeg", "openslide": "packbits"}
 
 APERIO = (
     "Aperio Image Library v11.2.1\r\n700x500 [0,0 700x500] (128x128) JPEG/RGB Q=70"

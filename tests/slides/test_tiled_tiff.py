@@ -18,11 +18,10 @@ import tifffile
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from carn import storage
 from carn.errors import DamagedTileError, SlideError
 from carn.slides import Slide, open_slide
 from carn.slides.slide import level_downsamples
-from carn.slides.tiled_tiff import NotTiledTiffError, TiledTiffSlide
+from tests.conftest import draw
 
 REAL_SLIDES = [
     "CMU-1-Small-Region.svs",
@@ -83,7 +82,7 @@ def test_real_slides_read_as_openslide_reads_them(shared_data: Path, name: str) 
         {"has_jfif": True, "is_bigtiff": True},
         {"is_bigtiff": True, "extent": (131, 1), "num_levels": 1},
         {"is_bigtiff": True, "is_padded": True, "extent": (1024, 768), "num_levels": 3},
-        {"absent": ((0, 0), (0, 7), (1, 1))},
+        {"absent": ((0, 0), (0, 7))},
     ],
     ids=lambda form: ",".join(f"{key}={value}" for key, value in form.items()),
 )
@@ -119,6 +118,68 @@ def test_absent_tiles_are_white(write_slide: WriteSlide) -> None:
         assert (slide.read_region(128, 128, 128, 128) == 255).all()
         assert (slide.read_region(120, 120, 144, 144)[8:136, 8:136] == 255).all()
         assert slide.read_region(0, 128, 128, 128).max(axis=2).min() < 255
+
+
+def test_absent_tiles_of_a_reduced_level_come_of_the_finer_one(write_slide: WriteSlide) -> None:
+    whole = write_slide("whole.tif")
+    for number, absent in enumerate((((1, 1),), ((2, 0), (1, 0)))):
+        with (
+            open_slide(whole) as slide,
+            open_slide(write_slide(f"sparse{number}.tif", absent=absent)) as sparse,
+        ):
+            for level in range(3):
+                size = slide.levels[level].width_px, slide.levels[level].height_px
+                expected, found = (
+                    one.read_region(0, 0, *size, level=level).astype(int) for one in (slide, sparse)
+                )
+                assert np.abs(found - expected).mean() < 4, (absent, level)
+    # Bare glass, which the scanner left out on all levels.
+    bare = write_slide("bare.tif", absent=((0, 0), (0, 1), (0, 6), (0, 7), (1, 0)))
+    with open_slide(bare) as slide:
+        assert (slide.read_region(0, 0, 128, 128, level=1) == 255).all()
+
+
+@pytest.mark.parametrize("stream", ["ycbcr", "rgb"])
+def test_colours_are_those_of_the_streams_where_the_tag_contradicts(
+    stream: str, write_slide: WriteSlide
+) -> None:
+    right = write_slide("right.tif", is_rgb=stream == "rgb", num_levels=2)
+    wrong = write_slide("wrong.tif", is_rgb=stream == "rgb", num_levels=2)
+    with tifffile.TiffFile(wrong, mode="r+b") as tiff:
+        for page in tiff.pages:
+            page.tags["PhotometricInterpretation"].overwrite(6 if stream == "rgb" else 2)
+    with open_slide(right) as slide, open_slide(wrong) as odd:
+        assert not slide.notes
+        for level in range(2):
+            one, other = (s.read_region(0, 0, 300, 200, level=level) for s in (slide, odd))
+            np.testing.assert_array_equal(one, other)
+        name = "RGB" if stream == "rgb" else "YCbCr"
+        assert odd.notes == (f"colours by its JPEG streams, {name}, not by the TIFF tag",)
+
+
+@pytest.mark.parametrize(("number", "is_whole"), [(2, True), (40, False)])
+def test_a_few_stray_bytes_behind_the_pixels_are_no_damage(
+    number: int, is_whole: bool, write_slide: WriteSlide
+) -> None:
+    path = write_slide(extent=(128, 128), num_levels=1)
+    with open_slide(path) as slide:
+        expected = slide.read_region(0, 0, 128, 128)
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        start, length = page.dataoffsets[0], page.databytecounts[0]
+        offsets, counts = page.tags["TileOffsets"], page.tags["TileByteCounts"]
+    stray = b"\x00\x12" * (number // 2)
+    stream = content[start : start + length - 2] + stray + b"\xff\xd9"
+    struct.pack_into("<I", content, offsets.valueoffset, len(content))
+    struct.pack_into("<I", content, counts.valueoffset, len(stream))
+    path.write_bytes(content + stream)
+    with open_slide(path) as slide:
+        if is_whole:
+            np.testing.assert_array_equal(slide.read_region(0, 0, 128, 128), expected)
+        else:
+            with pytest.raises(DamagedTileError, match="extraneous bytes"):
+                slide.read_region(0, 0, 128, 128)
 
 
 def test_a_slide_of_absent_tiles_only_is_white(write_slide: WriteSlide) -> None:
@@ -465,14 +526,75 @@ def test_an_extent_beyond_any_scanner_is_refused(write_slide: WriteSlide) -> Non
         open_slide(path)
 
 
-def test_a_lossless_slide_is_none_of_this_readers(write_slide: WriteSlide, tmp_path: Path) -> None:
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "none": {"compression": None},
+    "deflate": {"compression": "deflate"},
+    "deflate with differences": {"compression": "deflate", "predictor": True},
+    "lzw": {"compression": "lzw"},
+    "lzw with differences": {"compression": "lzw", "predictor": True},
+    "zstd": {"compression": "zstd"},
+    "zstd with differences": {"compression": "zstd", "predictor": True},
+    "webp": {"compression": "webp", "compressionargs": {"lossless": True}},
+    "jpeg xl": {"compression": "jpegxl", "compressionargs": {"lossless": True}},
+    "jpeg 2000": {"compression": "jpeg2000", "compressionargs": {"level": 0}},
+}
+
+
+@pytest.mark.parametrize("form", LOSSLESS)
+def test_lossless_tiles_are_read_to_the_bit(form: str, tmp_path: Path) -> None:
+    pixels = draw(150, 100)
     path = tmp_path / "lossless.tif"
-    pixels = np.zeros((64, 64, 3), np.uint8)
-    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", compression="deflate")
-    source = storage.open_source(str(path))
-    with pytest.raises(NotTiledTiffError):
-        TiledTiffSlide(source)
-    source.close()
+    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", **LOSSLESS[form])
+    with open_slide(path) as slide:
+        assert slide.reader == "tiled-tiff"
+        np.testing.assert_array_equal(slide.read_region(0, 0, 150, 100), pixels)
+        np.testing.assert_array_equal(slide.read_region(30, 20, 70, 60), pixels[20:80, 30:100])
+
+
+@pytest.mark.parametrize("form", [form for form in LOSSLESS if form != "none"])
+def test_a_damaged_lossless_tile_is_its_own_error(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "lossless.tif"
+    pixels = draw(150, 100)
+    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", **LOSSLESS[form])
+    with tifffile.TiffFile(path) as tiff:
+        start, length = tiff.pages[0].dataoffsets[1], tiff.pages[0].databytecounts[1]
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(np.random.default_rng(0).bytes(length))
+    with open_slide(path) as slide:
+        with pytest.raises(DamagedTileError):
+            slide.read_region(64, 0, 10, 10)
+        np.testing.assert_array_equal(slide.read_region(0, 0, 64, 64), pixels[:64, :64])
+
+
+def test_a_tile_that_claims_more_than_its_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "liar.tif"
+    for form, larger in (
+        ("jpeg 2000", imagecodecs.jpeg2k_encode(draw(640, 640), level=0)),
+        ("webp", imagecodecs.webp_encode(draw(640, 640), lossless=True)),
+        ("jpeg xl", imagecodecs.jpegxl_encode(draw(640, 640), lossless=True)),
+        ("deflate", imagecodecs.zlib_encode(bytes(64 * 64 * 3 * 100))),
+    ):
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        tifffile.imwrite(path, noise, tile=(64, 64), photometric="rgb", **LOSSLESS[form])
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages[0]
+            entry = page.tags["TileByteCounts"]
+        content = bytearray(path.read_bytes())
+        start = len(content)
+        content += larger
+        struct.pack_into("<I", content, page.tags["TileOffsets"].valueoffset, start)
+        struct.pack_into("<I", content, entry.valueoffset, min(len(larger), 2 * 64 * 64 * 3))
+        path.write_bytes(content)
+        with open_slide(path) as slide, pytest.raises(DamagedTileError):
+            slide.read_region(0, 0, 64, 64)
+
+
+def test_a_codec_that_is_not_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "lerc.tif"
+    tifffile.imwrite(path, draw(64, 64), tile=(64, 64), photometric="rgb", compression="lerc")
+    with pytest.raises(SlideError, match="tiles of LERC in RGB are not read by it; store it anew"):
+        open_slide(path)
 
 
 @given(

@@ -159,7 +159,7 @@ def test_what_lr_is_like_is_estimated_or_said_by_hand_and_stands_in_the_result(
     assert "JPEG quality 80; adaptive was trained on lossless LR alone" in caplog.text
     own = read_provenance(str(output / "c_x2.png"))
     assert own is not None
-    assert tuple(own["lr"]["numbers"]) == NUMBERS
+    assert set(own["lr"]["numbers"]) == set(NUMBERS)
     assert own["lr"]["compression"].startswith("JPEG, quality 80")
     assert len(own["warnings"]) == 1
     assert upscale_images([image], plain) == {image: "skipped"}

@@ -1,6 +1,7 @@
 """Pixels of a view: levels and resolutions chosen, borders mirrored, resampling free of seams."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,39 @@ def test_what_is_neither_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.svs").write_bytes(b"no image at all")
     with pytest.raises(SlideError, match="not a slide"):
         open_view(tmp_path / "x.svs", InputConfig())
+
+
+def test_a_slide_of_another_px_size_is_taken_at_its_level_or_refused(
+    write_slide: WriteSlide,
+) -> None:
+    path = write_slide(**QUARTER_UM)  # 0.25, 0.5, ... um per px
+    fit = InputConfig(mpp_range=(0.4, 0.6))
+    with open_view(path, fit) as view:
+        assert view.level == 0  # it is warned of
+    with open_view(path, replace(fit, on_odd_mpp="level")) as view:
+        assert (view.level, view.mpp) == (1, pytest.approx((0.5, 0.5)))
+    with pytest.raises(SlideError, match=r"has 0\.25 um per px, and the network"):
+        open_view(path, replace(fit, on_odd_mpp="fail"))
+    for odd in ("level", "fail"):
+        with open_view(path, InputConfig(mpp_range=(0.2, 0.6), on_odd_mpp=odd)) as view:
+            assert view.level == 0
+    # None is within: there is nothing to bring it to.
+    with open_view(path, InputConfig(mpp_range=(40, 60), on_odd_mpp="level")) as view:
+        assert view.level == 0
+    with pytest.raises(ValueError, match="chooses a level"):
+        InputConfig(on_odd_mpp="level", input_mpp=0.5)
+    with pytest.raises(ValueError, match="least, then largest"):
+        InputConfig(mpp_range=(0.5, 0.4))
+
+
+def test_what_was_finished_before_there_was_a_choice_is_still_what_was_asked_for() -> None:
+    plain = InputConfig().settings()
+    assert "mpp_range" not in plain
+    assert InputConfig(mpp_range=(0.4, 0.6), on_odd_mpp="fail").settings() == plain
+    assert InputConfig(mpp_range=(0.4, 0.6), on_odd_mpp="level").settings() != plain
+
+
+def test_an_absurd_px_size_may_be_corrected_by_hand(write_slide: WriteSlide) -> None:
+    path = write_slide(resolution=(4_000_000, 4_000_000), resolutionunit="CENTIMETER")
+    with open_view(path, InputConfig(mpp=0.25)) as view:
+        assert view.mpp == (0.25, 0.25)

@@ -11,7 +11,13 @@ from carn.degradation.describe import Estimate, PixelEstimates
 from carn.degradation.jpeg import quantisation_tables
 from carn.models.checkpoint import Checkpoint, read_checkpoint
 from carn.slides.compression import Compression, match_tables
-from carn.upscaling.suitability import TrainingRange, file_warnings, pixel_warnings
+from carn.upscaling.lr_view import InputConfig
+from carn.upscaling.suitability import (
+    TrainingRange,
+    file_warnings,
+    pixel_warnings,
+    with_range,
+)
 
 SCANNER = TrainingRange(
     network="net",
@@ -90,11 +96,14 @@ def test_a_checkpoint_of_before_there_was_a_choice_is_of_bicubic_lr() -> None:
             ("stored as lossy JPEG 2000, which net never saw",),
         ),
         (SCANNER, Compression(codec="unknown", name="?"), (0.5, 0.5), ()),
-        (SCANNER, LOSSLESS, (0.25, 0.25), ("0.25 um per px; net was trained on 0.46 to 0.5",)),
-        (SCANNER, LOSSLESS, (1.0, 1.0), ("1 um per px; net was trained on 0.46 to 0.5",)),
+        (SCANNER, LOSSLESS, (0.25, 0.25), ("0.25 um per px; net is fit for 0.4 to 0.575",)),
+        (SCANNER, LOSSLESS, (0.57, 0.57), ()),
+        (SCANNER, LOSSLESS, (1.0, 1.0), ("1 um per px; net is fit for 0.4 to 0.575",)),
+        (SCANNER, LOSSLESS, (0.025, 0.025), ("0.025 um per px, which no scanner",)),
         (SCANNER, LOSSLESS, None, ()),
         (replace(SCANNER, lr_mpp=None), LOSSLESS, (1.0, 1.0), ()),
         (None, jpeg(10), (4.0, 4.0), ()),
+        (None, jpeg(10), (42.3, 42.3), ("42.3 um per px, which no scanner",)),
     ],
 )
 def test_files_unlike_training_are_told_with_both_numbers(
@@ -103,7 +112,8 @@ def test_files_unlike_training_are_told_with_both_numbers(
     mpp: tuple[float, float] | None,
     said: tuple[str, ...],
 ) -> None:
-    found = file_warnings(trained, compression=compression, mpp=mpp)
+    config = with_range(InputConfig(), trained)
+    found = file_warnings(trained, compression=compression, mpp=mpp, mpp_range=config.mpp_range)
     assert len(found) == len(said)
     assert all(text.startswith(start) for text, start in zip(found, said, strict=True))
 
@@ -131,3 +141,10 @@ def test_softness_is_told_where_its_whole_interval_is_outside(
     assert len(found) == (said is not None)
     assert said is None or found[0].startswith(said)
     assert pixel_warnings(trained, pixels=estimates, mpp=None) == ()
+
+
+def test_what_is_said_by_hand_counts_before_training() -> None:
+    own = InputConfig(mpp_range=(0.2, 0.3))
+    assert with_range(own, SCANNER) == own
+    assert with_range(InputConfig(), None) == InputConfig()
+    assert with_range(InputConfig(), replace(SCANNER, lr_mpp=None)).mpp_range is None
