@@ -2,13 +2,14 @@
 
 import io
 import warnings
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from carn import storage
 from carn.errors import SlideError
-from carn.slides.slide import Level, Rgb, Slide, SlideProperties
+from carn.slides.slide import SCANNED_MPP, Level, Rgb, Slide, SlideProperties
 
 # Whole images are held in memory: 2^28 px are 0.8 GB of RGB, more than any tile or region export.
 MAX_IMAGE_PX = 1 << 28
@@ -34,12 +35,16 @@ class ImageSlide(Slide):
             SlideError: not an image, damaged, truncated, or larger than MAX_IMAGE_PX.
             StorageError: it cannot be read.
         """
-        pixels, icc_profile = _decode(uri, storage.read_bytes(uri, max_bytes=MAX_IMAGE_BYTES))
+        content = storage.read_bytes(uri, max_bytes=MAX_IMAGE_BYTES)
+        pixels, icc_profile = _decode(uri, content)
         height, width = pixels.shape[:2]
+        mpp_x, mpp_y = _tiff_mpp(content)
         super().__init__(
             uri,
             levels=(Level(width_px=width, height_px=height, downsample=1.0),),
-            properties=SlideProperties(vendor="image", icc_profile=icc_profile),
+            properties=SlideProperties(
+                mpp_x=mpp_x, mpp_y=mpp_y, vendor="image", icc_profile=icc_profile
+            ),
         )
         self._pixels = pixels
 
@@ -49,6 +54,24 @@ class ImageSlide(Slide):
 
     def close(self) -> None:
         """Nothing is held but memory."""
+
+
+def _tiff_mpp(content: bytes) -> tuple[float | None, float | None]:
+    """Um per px as a TIFF says it, where it can be a scanner's; other formats tell screens' dpi."""
+    # Here, for who trains on a dataset needs neither.
+    import tifffile
+
+    from carn.slides.tiff_mpp import DIRECTORY_ERRORS, TIFF_HEADS, tiff_mpp
+
+    low, high = SCANNED_MPP
+    # Of what is damaged beside its pixels, nothing is told.
+    with suppress(tifffile.TiffFileError, *DIRECTORY_ERRORS):
+        if content[:4] in TIFF_HEADS:
+            with tifffile.TiffFile(io.BytesIO(content)) as tiff:
+                (mpp_x, mpp_y), _ = tiff_mpp(tiff, tiff.pages.first)
+                if mpp_x and mpp_y and low <= min(mpp_x, mpp_y) <= max(mpp_x, mpp_y) <= high:
+                    return mpp_x, mpp_y
+    return None, None
 
 
 def _decode(uri: str, content: bytes) -> tuple[Rgb, bytes | None]:

@@ -31,6 +31,8 @@ MAX_REGION_PX = 1 << 30
 CHECKED_PX = 1024
 # Pixels that are held at once when a whole level is made smaller: 48 MB of RGB.
 STRIP_PX = 1 << 24
+# Um per level-0 px of any brightfield scan, overviews included: 100x under oil to 0.5x.
+SCANNED_MPP = (0.05, 20.0)
 # Resolution tags coarser than this are the dots per inch of a printer, not of a microscope: 72 dpi,
 # the usual placeholder, would be 353 um per px. The whole width of a glass slide in 512 px is 50.
 MAX_MPP_UM = 100.0

@@ -1,6 +1,7 @@
 """Read um per px of level 0 out of the header of a TIFF, in all the ways that programs write it."""
 
 import re
+import struct
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 
@@ -10,6 +11,14 @@ from carn.plain_xml import parse_xml
 from carn.slides.slide import plausible_mpp
 
 Mpp = tuple[float | None, float | None]
+
+# How a TIFF begins: byte order, and 42, or 43 of a BigTIFF.
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# What tifffile's slips over a damaged directory come out as: whatever Python raised.
+DIRECTORY_ERRORS = (
+    *(ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError),
+    *(RuntimeError, MemoryError, struct.error),
+)
 
 # Um of each unit of length of OME-XML that a microscope might state px in.
 # Source: https://www.openmicroscopy.org/Schemas/Documentation/Generated/OME-2016-06/ome_xsd.html,

@@ -9,7 +9,6 @@ import io
 import itertools
 import math
 import re
-import struct
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from carn.slides.slide import (
     plausible_power,
 )
 from carn.slides.tiff_checks import check_is_brightfield
-from carn.slides.tiff_mpp import aperio_number, tiff_mpp
+from carn.slides.tiff_mpp import DIRECTORY_ERRORS, TIFF_HEADS, aperio_number, tiff_mpp
 from carn.slides.tile_codecs import TileCodec
 from carn.storage import ByteSource
 
@@ -71,19 +70,12 @@ COLOURS_READ_BYTES = 16 * 1024
 # damaged so that its px ended early.
 MAX_STRAY_BYTES = 16
 _STRAY_BYTES = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-# How a TIFF begins: byte order, and 42, or 43 of a BigTIFF.
-TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # TIFF tags by number (TIFF 6.0, https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf).
 TAG_ICC_PROFILE = 34675
 # APP14 "Adobe": the one marker by which a JPEG says whether its components are RGB (transform 0)
 # or YCbCr (transform 1). TIFF says it in a tag instead, so the marker is put in before decoding.
 ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 ADOBE_YCBCR = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01"
-# What tifffile's slips over a damaged directory come out as: whatever Python raised.
-DIRECTORY_ERRORS = (
-    *(ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError),
-    *(RuntimeError, MemoryError, struct.error),
-)
 
 
 _HOSTILE = ", more than any slide's; it is damaged or hostile"

@@ -17,7 +17,7 @@ from PIL import Image
 from carn import storage
 from carn.errors import DamagedTileError, SlideError
 from carn.slides.opening import open_image, open_slide
-from carn.slides.slide import MAX_REGION_PX, Level, Rgb, Slide
+from carn.slides.slide import MAX_REGION_PX, SCANNED_MPP, Level, Rgb, Slide
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ Box = tuple[int, int, int, int]
 # By how much two resolutions may differ and still count as the same: calibrated scanners of one
 # model differ by a percent or so.
 MPP_TOLERANCE = 0.02
-# Um per level-0 px of any brightfield scan, overviews included: 100x under oil to 0.5x.
-SCANNED_MPP = (0.05, 20.0)
 # Images that are never slides, and those that may be one.
 PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TIFF_SUFFIXES = (".tif", ".tiff")

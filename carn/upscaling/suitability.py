@@ -8,7 +8,8 @@ from carn.degradation.config import DegradationConfig
 from carn.degradation.describe import CALIBRATED_MPP, PixelEstimates
 from carn.models.checkpoint import Checkpoint
 from carn.slides.compression import Compression
-from carn.upscaling.lr_view import SCANNED_MPP, InputConfig
+from carn.slides.slide import SCANNED_MPP
+from carn.upscaling.lr_view import InputConfig
 
 # Scanners of one nominal magnification differ by as much: 20x is 0.45 to 0.55 um per px.
 MPP_TOLERANCE = 0.15

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
@@ -159,3 +160,16 @@ def test_a_turned_photograph_stands_upright(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     with open_image(tmp_path / "turned.png") as image:
         np.testing.assert_array_equal(image.read_region(0, 0, 6, 4), pixels[::-1, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("resolution", "unit", "mpp"),
+    [((20_000, 20_000), "CENTIMETER", 0.5), ((300, 300), "INCH", None), ((72, 72), "INCH", None)],
+)
+def test_a_tiff_in_strips_keeps_its_px_size_where_a_scanner_wrote_it(
+    resolution: tuple[int, int], unit: str, mpp: float | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "strips.tif"
+    tifffile.imwrite(path, pixels(), photometric="rgb", resolution=resolution, resolutionunit=unit)
+    with open_image(path) as image:
+        assert image.mpp == pytest.approx(mpp)
