@@ -6,8 +6,8 @@ Rows:
   scanner  `carn.degradation`: blur, sampling, noise, unsharp mask and JPEG, drawn as training does
   bicubic  the paper's LR, by the same library calls as ever
   jpeg     the floor: encoding and decoding LR of that size by Pillow, and nothing else
-  usual    the same steps written the usual way: float64 by scipy and scikit-image, whatever is drawn
-  step     one update of CARN x2 by the paper's recipe on one thread (`train_step.py` measures that)
+  usual    the same steps written the usual way, in float64 by scipy and scikit-image
+  step     one update of CARN x2 by the paper's recipe on one thread, as `train_step.py` has it
 
 What is predicted, and why:
   usual_over_scanner >= 2   float32 instead of float64, blurs cut off where they are spent, and no

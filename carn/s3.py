@@ -2,7 +2,8 @@
 
 Configured by the standard AWS variables (AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3, AWS_REGION,
 AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). Without any credentials, or with AWS_NO_SIGN_REQUEST=true,
-requests go unsigned, as public buckets want them. Only this module imports boto3.
+requests go unsigned, as public buckets want them; with AWS_REQUEST_PAYER=requester they say that
+the reader pays, as some buckets want it. Only this module imports boto3.
 """
 
 import functools
@@ -40,7 +41,10 @@ _BUSY_CODES = ("RequestTimeout", "SlowDown", "Throttling")
 _AWS_SETTINGS = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_NO_SIGN_REQUEST"),
+    "AWS_REQUEST_PAYER",
 )
+# The name that GDAL has for it.
+REQUEST_PAYER = "AWS_REQUEST_PAYER"
 
 
 def split_s3(uri: str) -> tuple[str, str]:
@@ -109,7 +113,16 @@ def _s3_client_for(_process: int, _settings: tuple[str | None, ...]) -> Any:
         options["signature_version"] = UNSIGNED
     client = session.client("s3", config=Config(**options))
     client.meta.events.register("needs-retry.s3", _wait_before_retry)
+    if os.environ.get(REQUEST_PAYER):
+        client.meta.events.register("provide-client-params.s3", _with_payer)
     return client
+
+
+def _with_payer(*, params: dict[str, Any], model: Any, **_: Any) -> dict[str, Any]:
+    """The parameters of a request that says who pays, where its operation can say it."""
+    if "RequestPayer" not in model.input_shape.members:
+        return params
+    return {"RequestPayer": os.environ.get(REQUEST_PAYER, "requester")} | params
 
 
 def _wait_before_retry(
@@ -172,7 +185,8 @@ def s3_errors(uri: str) -> Iterator[None]:
             raise AccessDeniedError(
                 uri,
                 f"access denied ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or "
-                "AWS_PROFILE; for a public bucket set AWS_NO_SIGN_REQUEST=true",
+                "AWS_PROFILE; for a public bucket set AWS_NO_SIGN_REQUEST=true, for one whose "
+                f"readers pay {REQUEST_PAYER}=requester (--request-payer)",
             ) from error
         if code in EXPIRED:
             raise AccessDeniedError(

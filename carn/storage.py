@@ -15,6 +15,7 @@ import stat as file_stat
 import sys
 import tempfile
 import time
+import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -495,6 +496,39 @@ def create_bytes(uri: str, content: bytes) -> bool:
     Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
     """
     return _create_object(uri, content) if is_s3(uri) else _create_file(uri, content)
+
+
+def check_creates(folder: str) -> None:
+    """Make sure that of several writers of one name storage lets one win, by trying it.
+
+    Args:
+        folder: folder or prefix; what is written there for the trial is removed.
+
+    Raises:
+        StorageError: it cannot be written, or does not do that: two runs would do the same work.
+    """
+    uri = join(folder, f"probe-{uuid.uuid4().hex}")
+    try:
+        if not create_bytes(uri, b"first"):
+            raise StorageError(uri, "cannot be created, though nothing was there")
+        if create_bytes(uri, b"second"):
+            raise StorageError(
+                folder,
+                "the store overwrites what should only be written where nothing is (it passes over "
+                "If-None-Match), so that runs could not tell whose work a slide is; take a store "
+                "that knows conditional writes",
+            )
+    except StorageError as error:
+        if error_code(error) not in ("NotImplemented", "InvalidArgument", "MethodNotAllowed"):
+            raise
+        raise StorageError(
+            folder,
+            f"the store refuses conditional writes (If-None-Match: {error_code(error)}), by which "
+            "runs claim slides; take one that knows them",
+        ) from error
+    finally:
+        with suppress(StorageError):
+            delete([uri])
 
 
 def _create_object(uri: str, content: bytes) -> bool:

@@ -28,6 +28,7 @@ import ray
 import ray.data
 
 from carn.errors import CarnError
+from carn.s3 import REQUEST_PAYER
 from jobs.ledger import Ledger
 from jobs.metrics import meters, watch_s3
 
@@ -108,6 +109,9 @@ def start_ray(*, has_dashboard: bool = False) -> None:
             "dashboard_host": "127.0.0.1",
             "runtime_env": {"env_vars": variables},
         }
+    if payer := os.environ.get(REQUEST_PAYER):
+        told = options.setdefault("runtime_env", {}).setdefault("env_vars", {})
+        told[REQUEST_PAYER] = payer
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)

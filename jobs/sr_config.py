@@ -53,6 +53,8 @@ class RunConfig:
     """Slides that the report shows with pictures."""
     progress_s: float = 10.0
     """Seconds between two lines of progress."""
+    request_payer: bool = False
+    """Say to the object store that this account pays for what it reads, as some buckets want."""
     log_format: Literal["text", "json"] = "text"
     """`json`: the log is one JSON object a line, and each slide has one with all that is known of
     it; `text`: it is for people, and those lines are in the run's slides.jsonl alone."""

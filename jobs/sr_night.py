@@ -247,6 +247,7 @@ class Night:
             return
         # A place that cannot be written is better known now than after the first block.
         self._check_output()
+        storage.check_creates(storage.join(self.output, "_state"))
         logger.info("starting Ray, or connecting to it")
         start_ray()
         watch_s3(self.output, *(task.uri for task in self.todo))

@@ -19,6 +19,7 @@ Examples:
 
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ import tyro
 from carn import storage
 from carn.errors import CarnError
 from carn.log_lines import start_logging
+from carn.s3 import REQUEST_PAYER
 from carn.upscaling.inputs import find_inputs
 from jobs.sr_config import SuperResolveJob
 from jobs.sr_night import Night, check_checkpoint
@@ -44,6 +46,8 @@ logger = logging.getLogger("super_resolve")
 def main(job: SuperResolveJob) -> int:
     """Super-resolve; returns the process's exit status."""
     _begin_log(job.run.log_format)
+    if job.run.request_payer:
+        os.environ[REQUEST_PAYER] = "requester"
     checkpoint, halo_px = check_checkpoint(job)
     inputs = find_inputs(job.slides, job.images)
     output = storage.normalize(job.output).rstrip("/")

@@ -38,6 +38,19 @@ def test_anonymous_access_sends_no_signature(
     assert authorizations(stub_s3) == [None]
 
 
+@pytest.mark.parametrize("is_said", [False, True])
+def test_who_pays_is_said_where_it_is_asked_for(
+    is_said: bool, stub_s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_s3.objects["b/k"] = b"dear"
+    if is_said:
+        monkeypatch.setenv(s3_connection.REQUEST_PAYER, "requester")
+    assert storage.read_bytes("s3://b/k") == b"dear"
+    assert storage.stat("s3://b/k").size == 4
+    said = {headers.get("x-amz-request-payer") for _, _, headers in stub_s3.requests}
+    assert said == {"requester" if is_said else None}
+
+
 def test_credentials_sign(stub_s3: Any) -> None:
     stub_s3.objects["b/k"] = b"private"
     assert storage.read_bytes("s3://b/k") == b"private"

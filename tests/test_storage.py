@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -526,3 +527,26 @@ def test_near_ranges_become_one_request(stub_s3: Any) -> None:
     source.read_ranges([(0, 1000), (1500, 1000), (500_000, 10), (2500, 10)])
     assert stub_s3.count("GET") == 2
     assert stub_s3.body_bytes == 2510 + 10
+
+
+def test_a_store_is_tried_for_what_claims_rest_on(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.check_creates(storage.join(root, "_state"))
+    assert storage.list_objects(root) == []
+    monkeypatch.setattr(storage, "create_bytes", lambda uri, content: True)
+    with pytest.raises(StorageError, match="passes over If-None-Match"):
+        storage.check_creates(storage.join(root, "_state"))
+
+
+def test_a_store_that_refuses_conditional_writes_is_named(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(uri: str, content: bytes) -> bool:
+        answer = {"Error": {"Code": "NotImplemented", "Message": "A header you provided implies"}}
+        with s3_connection.s3_errors(uri):
+            raise ClientError(answer, "PutObject")
+
+    monkeypatch.setattr(storage, "create_bytes", refuse)
+    with pytest.raises(StorageError, match="refuses conditional writes"):
+        storage.check_creates(storage.join(root, "_state"))
