@@ -51,14 +51,15 @@ class TrainingRange:
         values = {**default, **known}
         is_scanner = values["degradation"] == "scanner"
         low, high = values["blur_px"]
+        is_all_blurred = values["blur_share"] == 1 and values["clean_share"] == 0
         mpp = (checkpoint.dataset or {}).get("hr_mpp")
         return cls(
-            network=checkpoint.uri.removeprefix("shipped:").rstrip("/").rsplit("/", 1)[-1],
+            network=_name_of(checkpoint.uri),
             jpeg_quality=(
                 tuple(values["jpeg_quality"]) if is_scanner and values["jpeg_share"] > 0 else None
             ),
             blur_px=(
-                (0.0 if values["blur_share"] < 1 else low, high)
+                (low if is_all_blurred else 0.0, high)
                 if is_scanner and values["blur_share"] > 0
                 else (0.0, 0.0)
             ),
@@ -76,6 +77,13 @@ class TrainingRange:
             for name, value in values.items()
         }
         return cls(**plain)
+
+
+def _name_of(uri: str) -> str:
+    """What people call a checkpoint: a shipped network's name, or that of its run's folder."""
+    parts = uri.removeprefix("shipped:").rstrip("/").split("/")
+    is_of_run = len(parts) > 2 and parts[-2] == "checkpoints"
+    return parts[-3] if is_of_run else parts[-1]
 
 
 def with_range(config: InputConfig, trained: TrainingRange | None) -> InputConfig:

@@ -48,11 +48,16 @@ def pixels(low: float, high: float, *, is_sharpened: bool = False) -> PixelEstim
 
 def trained_by(training: dict[str, Any] | None, dataset: dict[str, Any] | None) -> Checkpoint:
     shipped = read_checkpoint("shipped:carn-x2-bicubic")
-    return replace(shipped, uri="s3://lab/runs/ours/", training=training, dataset=dataset)
+    uri = "s3://lab/runs/ours/checkpoints/step-00000500"
+    return replace(shipped, uri=uri, training=training, dataset=dataset)
 
 
 def test_the_range_is_what_the_checkpoint_says() -> None:
-    config = asdict(DegradationConfig(degradation="scanner", jpeg_quality=(60, 90), blur_share=1.0))
+    config = asdict(
+        DegradationConfig(
+            degradation="scanner", jpeg_quality=(60, 90), blur_share=1.0, clean_share=0.0
+        )
+    )
     found = TrainingRange.of(
         trained_by({"degradation": config | {"blur_px": [0.4, 1.0]}}, {"hr_mpp": [0.23, 0.25]})
     )
