@@ -37,8 +37,6 @@ Split = Literal["train", "validation", "test"]
 # `build_bcsr.py --split numbered` takes the last images by name for testing, and for validation
 # those before them.
 _ORDER: Mapping[Split, int] = {"train": 1, "validation": 2, "test": 3}
-# Smallest side of a copy: one patch.
-_LEAST_SIDE_PX = 128
 # Colours of pairs of stains: haematoxylin and eosin, haematoxylin and DAB, fast red and fast blue,
 # methyl green and DAB, haematoxylin and AEC, haematoxylin and PAS.
 _STAINS = tuple(
@@ -207,7 +205,8 @@ def prepare_images(recipe: Recipe, sources: Path, output: Path) -> dict[str, int
             stem = f"{_ORDER[row.split]}_{row.split}_{row.source}_{Path(row.path).stem}{suffix}"
             made = {stem: pixels}
             if recipe.copies and row.split == "train":
-                made[f"{stem}_varied"] = varied(pixels, seed=stem)
+                least_px = recipe.config["patch_px"]
+                made[f"{stem}_varied"] = varied(pixels, seed=stem, least_px=least_px)
             for folder in folders:
                 (output / folder).mkdir(parents=True, exist_ok=True)
                 for name, image in made.items():
@@ -299,22 +298,25 @@ def halved(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
     return small
 
 
-def varied(pixels: UInt8[np.ndarray, "h w 3"], *, seed: str) -> UInt8[np.ndarray, "h2 w2 3"]:
+def varied(
+    pixels: UInt8[np.ndarray, "h w 3"], *, seed: str, least_px: int
+) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Vary an image as other laboratories and magnifications do: another stain, or smaller.
 
     Half of the images become smaller, by a factor of 0.5 to 0.85 and one of four filters, but none
-    smaller than 128 px. The others are separated into haematoxylin, eosin and the rest, and put
+    smaller than a patch. The others are separated into haematoxylin, eosin and the rest, and put
     together again with other amounts and the colours of another pair of stains, such as
     haematoxylin and DAB.
 
     Args:
         pixels: H&E on white.
         seed: what the draw depends on.
+        least_px: side that is left at least, where there are as many px.
     """
     rng = np.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
     if rng.random() < 0.5:
         height, width = pixels.shape[:2]
-        factor = max(rng.uniform(0.5, 0.85), min(1.0, _LEAST_SIDE_PX / min(height, width)))
+        factor = max(rng.uniform(0.5, 0.85), min(1.0, least_px / min(height, width)))
         size = (round(width * factor), round(height * factor))
         filters = Image.Resampling
         kernel = rng.choice([filters.BOX, filters.HAMMING, filters.BICUBIC, filters.LANCZOS])
