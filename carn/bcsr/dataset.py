@@ -68,7 +68,8 @@ class BcsrDataset:
     @property
     def mpp_range(self) -> tuple[float, float] | None:
         """Least and largest um per px of its slides; None where none says it."""
-        known = [row["mpp_x"] for row in self.manifest["inputs"] if row["mpp_x"] is not None]
+        said = [row.get("mpp_x") for row in self.manifest.get("inputs", ())]
+        known = [mpp for mpp in said if mpp is not None]
         return (min(known), max(known)) if known else None
 
     def num_tiles(self, split: str) -> int:

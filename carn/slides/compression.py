@@ -25,13 +25,8 @@ from carn.slides.image import IMAGE_FORMATS
 from carn.slides.jpeg_stream import EOI, SOI, stream_colours
 from carn.slides.listing import SERIES_UID
 from carn.slides.slide import Level, Slide
-from carn.slides.tiled_tiff import (
-    DIRECTORY_ERRORS,
-    MAX_DIRECTORIES,
-    MAX_JPEG_TABLES_BYTES,
-    TIFF_HEADS,
-    HeaderFile,
-)
+from carn.slides.tiff_mpp import DIRECTORY_ERRORS, TIFF_HEADS
+from carn.slides.tiled_tiff import MAX_DIRECTORIES, MAX_JPEG_TABLES_BYTES, HeaderFile
 from carn.storage import ByteSource
 
 Codec = Literal["jpeg", "jpeg2000", "lossless", "other", "unknown"]

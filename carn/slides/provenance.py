@@ -30,7 +30,8 @@ def read_provenance(uri: str) -> dict[str, Any] | None:
 def _of_tiff(uri: str) -> dict[str, Any] | None:
     import tifffile
 
-    from carn.slides.tiled_tiff import DIRECTORY_ERRORS, HeaderFile
+    from carn.slides.tiff_mpp import DIRECTORY_ERRORS
+    from carn.slides.tiled_tiff import HeaderFile
 
     source = storage.open_source(uri)
     try:

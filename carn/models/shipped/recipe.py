@@ -326,7 +326,9 @@ def varied(
     density = -np.log((pixels.astype(np.float64) + 1) / 256)
     amounts = density @ colorconv.hed_from_rgb * rng.uniform(0.6, 1.5, 3)
     transmitted = np.exp(-amounts @ _STAINS[rng.integers(len(_STAINS))])
-    return np.clip(np.rint(256 * transmitted - 1), 0, 255).astype(np.uint8)
+    stained: UInt8[np.ndarray, "h2 w2 3"]
+    stained = np.clip(np.rint(256 * transmitted - 1), 0, 255).astype(np.uint8)
+    return stained
 
 
 def published_at(recipe: Recipe, row: ImageRow) -> str:
