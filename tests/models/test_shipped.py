@@ -495,7 +495,7 @@ class Trial(NamedTuple):
 
 Tried = dict[str, list[Trial]]
 # Images of each source that are tried where all of them would take too long.
-IMAGES_PER_SOURCE = {"carn-x2": 2, "carn-x4": 1}
+IMAGES_PER_SOURCE = {"carn-x2": 2, "carn-x4": 3}
 
 
 def held_out(name: str, folder: Path, *, most: int | None) -> Iterator[tuple[str, str, np.ndarray]]:
