@@ -257,7 +257,7 @@ class TiledTiffSlide(Slide):
                 )
             if length > grid.max_stream_bytes:
                 raise self._damaged(
-                    f"it claims {length} bytes, more than a JPEG of {grid.tile_width_px} x "
+                    f"it claims {length} bytes, more than a tile of {grid.tile_width_px} x "
                     f"{grid.tile_height_px} px can take ({grid.max_stream_bytes})",
                     column * grid.tile_width_px,
                     row * grid.tile_height_px,

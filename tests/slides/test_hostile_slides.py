@@ -192,7 +192,7 @@ def test_a_tile_of_more_bytes_than_its_px_can_take_is_not_read(
             "read_ranges",
             lambda _: pytest.fail("it was read"),
         )
-        with pytest.raises(DamagedTileError, match="more than a JPEG of 128 x 128 px can take"):
+        with pytest.raises(DamagedTileError, match="more than a tile of 128 x 128 px can take"):
             slide.read_region(0, 0, 20, 20)
 
 
