@@ -381,16 +381,17 @@ def test_copies_are_other_stains_and_other_scales_of_the_same_tissue() -> None:
     )
 
 
-def test_a_recipe_may_ask_for_a_copy_of_each_training_image(
+def test_a_recipe_may_ask_for_copies_of_each_training_image(
     small: Callable[[], Recipe], tmp_path: Path
 ) -> None:
     recipe = small()
     counts = prepare_images(recipe, tmp_path / "down", tmp_path / "plain")
-    copied = replace(recipe, copies=True, config={**recipe.config, "patch_px": 16})
+    copied = replace(recipe, copies=2, config={**recipe.config, "patch_px": 16})
     assert prepare_images(copied, tmp_path / "down", tmp_path / "copied")["all"] > counts["all"]
     names = {path.name for path in (tmp_path / "copied" / "all").iterdir()}
-    copies = {name for name in names if name.endswith("_varied.png")}
-    assert copies
+    copies = {name for name in names if "_varied_" in name}
+    of_first = {name.removesuffix("_varied_0.png") for name in copies if "_varied_0" in name}
+    assert len(copies) == 2 * len(of_first) > 0
     assert all(name.startswith("1_train_") for name in copies)
     assert names - copies == {path.name for path in (tmp_path / "plain" / "all").iterdir()}
 

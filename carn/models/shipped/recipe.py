@@ -37,10 +37,10 @@ Split = Literal["train", "validation", "test"]
 # `build_bcsr.py --split numbered` takes the last images by name for testing, and for validation
 # those before them.
 _ORDER: Mapping[Split, int] = {"train": 1, "validation": 2, "test": 3}
-# Colours of pairs of stains: haematoxylin and eosin, haematoxylin and DAB, fast red and fast blue,
-# methyl green and DAB, haematoxylin and AEC, haematoxylin and PAS.
+# Colours of other pairs of stains: haematoxylin and DAB, fast red and fast blue, methyl green and
+# DAB, haematoxylin and AEC, haematoxylin and PAS.
 _STAINS = tuple(
-    getattr(colorconv, f"rgb_from_{name}") for name in ("hed", "hdx", "rbd", "gdx", "hax", "hpx")
+    getattr(colorconv, f"rgb_from_{name}") for name in ("hdx", "rbd", "gdx", "hax", "hpx")
 )
 # No image of a recipe is near it; a folder may hold slides as well, which need not be hashed.
 MAX_IMAGE_BYTES = 64 << 20
@@ -76,8 +76,8 @@ class Recipe:
         name: of the network.
         sources: where images were published, under which licence, and what they show.
         images: all of them.
-        copies: whether each training image is there a second time, in another stain or smaller:
-            see `varied`.
+        copies: how many more times each training image is there, each time in another stain or
+            smaller: see `varied`.
         hr_mpp: um per px of the images, least and largest; None where it is not said. Images do not
             say it themselves.
         config: settings of `train.py` by name.
@@ -87,7 +87,7 @@ class Recipe:
     name: str
     sources: Mapping[str, Mapping[str, Any]]
     images: tuple[ImageRow, ...]
-    copies: bool
+    copies: int
     hr_mpp: tuple[float, float] | None
     config: Mapping[str, Any]
     weights_sha256: str
@@ -106,7 +106,7 @@ def read_recipe(name: str) -> Recipe:
     content = yaml.safe_load(path.read_text())
     sources, copies, hr_mpp = (
         content["sources"],
-        content.get("copies", False),
+        content.get("copies", 0),
         content.get("hr_mpp"),
     )
     if isinstance(sources, str):  # those of another recipe
@@ -204,9 +204,9 @@ def prepare_images(recipe: Recipe, sources: Path, output: Path) -> dict[str, int
         for suffix, pixels in _pieces(read_rgb(places[row.sha256]), row):
             stem = f"{_ORDER[row.split]}_{row.split}_{row.source}_{Path(row.path).stem}{suffix}"
             made = {stem: pixels}
-            if recipe.copies and row.split == "train":
-                least_px = recipe.config["patch_px"]
-                made[f"{stem}_varied"] = varied(pixels, seed=stem, least_px=least_px)
+            for copy in range(recipe.copies if row.split == "train" else 0):
+                name = f"{stem}_varied_{copy}"
+                made[name] = varied(pixels, seed=name, least_px=recipe.config["patch_px"])
             for folder in folders:
                 (output / folder).mkdir(parents=True, exist_ok=True)
                 for name, image in made.items():
@@ -303,10 +303,11 @@ def varied(
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Vary an image as other laboratories and magnifications do: another stain, or smaller.
 
-    Half of the images become smaller, by a factor of 0.5 to 0.85 and one of four filters, but none
-    smaller than a patch. The others are separated into haematoxylin, eosin and the rest, and put
-    together again with other amounts and the colours of another pair of stains, such as
-    haematoxylin and DAB.
+    Half of the images become smaller, by a factor of 0.5 to 0.9 and one of four filters, but none
+    smaller than a patch. All others, and most of these, are separated into haematoxylin, eosin and
+    the rest, and put together again with other amounts: of three two in colours near their own, as
+    another batch of dyes has, and one in those of another pair of stains, such as haematoxylin and
+    DAB.
 
     Args:
         pixels: H&E on white.
@@ -314,18 +315,23 @@ def varied(
         least_px: side that is left at least, where there are as many px.
     """
     rng = np.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
-    if rng.random() < 0.5:
+    smaller = rng.random() < 0.5
+    if smaller:
         height, width = pixels.shape[:2]
-        factor = max(rng.uniform(0.5, 0.85), min(1.0, least_px / min(height, width)))
+        factor = max(rng.uniform(0.5, 0.9), min(1.0, least_px / min(height, width)))
         size = (round(width * factor), round(height * factor))
         filters = Image.Resampling
         kernel = rng.choice([filters.BOX, filters.HAMMING, filters.BICUBIC, filters.LANCZOS])
-        small: UInt8[np.ndarray, "h2 w2 3"]
-        small = np.asarray(Image.fromarray(pixels).resize(size, filters(kernel)))
-        return small
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, filters(kernel)))
+        if rng.random() < 0.3:
+            return pixels
     density = -np.log((pixels.astype(np.float64) + 1) / 256)
     amounts = density @ colorconv.hed_from_rgb * rng.uniform(0.6, 1.5, 3)
-    transmitted = np.exp(-amounts @ _STAINS[rng.integers(len(_STAINS))])
+    if rng.random() < 2 / 3:
+        colours = np.clip(colorconv.rgb_from_hed + rng.normal(0, 0.06, (3, 3)), 0, None)
+    else:
+        colours = _STAINS[rng.integers(len(_STAINS))]
+    transmitted = np.exp(-amounts @ colours)
     stained: UInt8[np.ndarray, "h2 w2 3"]
     stained = np.clip(np.rint(256 * transmitted - 1), 0, 255).astype(np.uint8)
     return stained
