@@ -20,10 +20,16 @@ from carn import storage
 
 # The tables of the encoders. This module of another room imports nothing of the project.
 from carn.degradation.jpeg import TABLES, Tables, quantisation_tables
-from carn.errors import SlideError, StorageError
+from carn.errors import SlideError
+from carn.slides.dicom import (
+    DICOM_HEAD_BYTES,
+    DICOM_JPEG,
+    DICOM_ROOT,
+    DicomLevel,
+    dicom_levels,
+)
 from carn.slides.image import IMAGE_FORMATS
 from carn.slides.jpeg_stream import EOI, SOI, stream_colours
-from carn.slides.listing import SERIES_UID
 from carn.slides.slide import Level, Slide
 from carn.slides.tiff_mpp import DIRECTORY_ERRORS, TIFF_HEADS
 from carn.slides.tiled_tiff import MAX_DIRECTORIES, MAX_JPEG_TABLES_BYTES, HeaderFile
@@ -36,46 +42,28 @@ JpegSubsampling = Literal["4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "4:1:0"]
 MAX_JPEG_HEAD_BYTES = 1024 * 1024
 # Tiles of a level that are tried until one has a whole header.
 MAX_TILES_TRIED = 3
-# DICOM: headers begin in the first, and pixels within the second number of bytes. A header lists
-# the places of frames, for 500,000 of them in some 60 MB.
-DICOM_HEAD_BYTES = 64 * 1024
-MAX_DICOM_HEADER_BYTES = 64 * 1024 * 1024
-DICOM_BLOCK_BYTES = 1024 * 1024
 
 # Source: https://www.loc.gov/preservation/digital/formats/content/tiff_tags.shtml, tag 259, and the
 # vendors' own numbers that tifffile knows.
 _TIFF_LOSSLESS = (1, 5, 8, 32773, 32946, 34925, 34926, 34933, 50000)
 _TIFF_JPEG, _TIFF_OLD_JPEG = 7, 6
 _TIFF_JPEG2000 = (33003, 33004, 33005, 34712)
-# Source: DICOM PS3.5, annex A, https://dicom.nema.org/medical/dicom/current/output/html/part05.html
-_DICOM_ROOT = "1.2.840.10008.1.2"
-_DICOM_JPEG = (f"{_DICOM_ROOT}.4.50", f"{_DICOM_ROOT}.4.51")
 _DICOM_CODECS: dict[str, tuple[Codec, str]] = {
-    _DICOM_ROOT: ("lossless", "uncompressed"),
-    f"{_DICOM_ROOT}.1": ("lossless", "uncompressed"),
-    f"{_DICOM_ROOT}.1.99": ("lossless", "deflate"),
-    f"{_DICOM_ROOT}.2": ("lossless", "uncompressed"),
-    f"{_DICOM_ROOT}.5": ("lossless", "RLE"),
-    f"{_DICOM_ROOT}.4.57": ("lossless", "lossless JPEG"),
-    f"{_DICOM_ROOT}.4.70": ("lossless", "lossless JPEG"),
-    f"{_DICOM_ROOT}.4.80": ("lossless", "JPEG-LS"),
-    f"{_DICOM_ROOT}.4.81": ("other", "near-lossless JPEG-LS"),
-    f"{_DICOM_ROOT}.4.90": ("lossless", "lossless JPEG 2000"),
-    f"{_DICOM_ROOT}.4.91": ("jpeg2000", "JPEG 2000"),
-    f"{_DICOM_ROOT}.4.110": ("lossless", "lossless JPEG XL"),
-    f"{_DICOM_ROOT}.4.201": ("lossless", "lossless HTJ2K"),
-    f"{_DICOM_ROOT}.4.202": ("lossless", "lossless HTJ2K"),
+    DICOM_ROOT: ("lossless", "uncompressed"),
+    f"{DICOM_ROOT}.1": ("lossless", "uncompressed"),
+    f"{DICOM_ROOT}.1.99": ("lossless", "deflate"),
+    f"{DICOM_ROOT}.2": ("lossless", "uncompressed"),
+    f"{DICOM_ROOT}.5": ("lossless", "RLE"),
+    f"{DICOM_ROOT}.4.57": ("lossless", "lossless JPEG"),
+    f"{DICOM_ROOT}.4.70": ("lossless", "lossless JPEG"),
+    f"{DICOM_ROOT}.4.80": ("lossless", "JPEG-LS"),
+    f"{DICOM_ROOT}.4.81": ("other", "near-lossless JPEG-LS"),
+    f"{DICOM_ROOT}.4.90": ("lossless", "lossless JPEG 2000"),
+    f"{DICOM_ROOT}.4.91": ("jpeg2000", "JPEG 2000"),
+    f"{DICOM_ROOT}.4.110": ("lossless", "lossless JPEG XL"),
+    f"{DICOM_ROOT}.4.201": ("lossless", "lossless HTJ2K"),
+    f"{DICOM_ROOT}.4.202": ("lossless", "lossless HTJ2K"),
 }
-# (0002,0010) transfer syntax, (0008,0008) image type, (0028,0004) photometric interpretation,
-# (0048,0006) and (0048,0007) extent of the level, (7FE0,0010) encapsulated pixels with the first
-# item after them; explicit little endian, which image files are in.
-_TRANSFER_SYNTAX = re.compile(rb"\x02\x00\x10\x00UI..([0-9.]+)", re.DOTALL)
-_PHOTOMETRIC = re.compile(rb"\x28\x00\x04\x00CS..([A-Z_0-9]+)", re.DOTALL)
-_IMAGE_TYPE = re.compile(rb"\x08\x00\x08\x00CS..([A-Z_\\ ]+)", re.DOTALL)
-_MATRIX_COLUMNS = re.compile(rb"\x48\x00\x06\x00UL\x04\x00(....)", re.DOTALL)
-_MATRIX_ROWS = re.compile(rb"\x48\x00\x07\x00UL\x04\x00(....)", re.DOTALL)
-_DICOM_PIXELS = b"\xe0\x7f\x10\x00OB\x00\x00\xff\xff\xff\xff\xfe\xff\x00\xe0"
-_DICOM_ITEM = b"\xfe\xff\x00\xe0"
 # "(256x256) JPEG/RGB Q=70|AppMag = 20|..." of Aperio, "level=5 mag=1.28125 quality=80" of Philips.
 _CLAIM = re.compile(r"\b(?:Q|quality)\s*=\s*(\d{1,3})\b")
 _SUBSAMPLINGS: dict[tuple[float, float], JpegSubsampling] = {
@@ -384,77 +372,26 @@ def _claimed(description: str) -> int | None:
 
 def _of_dicom(source: ByteSource, head: bytes, level: Level) -> Compression:
     """Find a level's file, which need not be the one that was named, and read its headers."""
-    if _is_dicom_level(head, level):
-        return _of_dicom_file(source, head)
-    series = SERIES_UID.search(head)
-    folder = source.uri.rsplit("/", maxsplit=1)[0]
-    for item in storage.list_objects(folder):
-        is_beside = item.uri.rsplit("/", maxsplit=1)[0] == folder
-        if item.uri == source.uri or not is_beside or not item.uri.lower().endswith(".dcm"):
-            continue
-        try:
-            other = storage.open_source(item.uri)
-        except StorageError:  # removed while we look, or another's
-            continue
-        try:
-            (other_head,) = other.read_ranges([(0, DICOM_HEAD_BYTES)])
-            uid = SERIES_UID.search(other_head)
-            is_same = series and uid and series.group(2) == uid.group(2)
-            if is_same and _is_dicom_level(other_head, level):
-                return _of_dicom_file(other, other_head)
-        finally:
-            other.close()
+    for found in dicom_levels(source, head):
+        if found.extent == (level.width_px, level.height_px):
+            return _of_dicom_level(found)
     raise _UnknownError(
         f"no DICOM file of the series says that it has {level.width_px} x {level.height_px} px"
     )
 
 
-def _is_dicom_level(head: bytes, level: Level) -> bool:
-    columns, rows = _MATRIX_COLUMNS.search(head), _MATRIX_ROWS.search(head)
-    image_type = _IMAGE_TYPE.search(head)
-    if columns is None or rows is None or image_type is None:
-        return False
-    extent = tuple(int.from_bytes(found.group(1), "little") for found in (columns, rows))
-    # A thumbnail may have the size of a small level.
-    return extent == (level.width_px, level.height_px) and b"\\VOLUME" in image_type.group(1)
-
-
-def _of_dicom_file(source: ByteSource, head: bytes) -> Compression:
-    syntax = _TRANSFER_SYNTAX.search(head)
-    uid = syntax.group(1).decode() if syntax else ""
-    if uid in _DICOM_CODECS:
-        codec, name = _DICOM_CODECS[uid]
+def _of_dicom_level(level: DicomLevel) -> Compression:
+    if level.syntax in _DICOM_CODECS:
+        codec, name = _DICOM_CODECS[level.syntax]
         return Compression(codec=codec, name=name)
-    if uid not in _DICOM_JPEG:
-        raise _UnknownError(f"its DICOM transfer syntax is {uid or 'missing'}")
-    photometric = _PHOTOMETRIC.search(head)
-    is_rgb = photometric is not None and photometric.group(1) == b"RGB"
+    if level.syntax not in DICOM_JPEG:
+        raise _UnknownError(f"its DICOM transfer syntax is {level.syntax or 'missing'}")
     try:
-        return _of_jpeg(_first_frame(source), is_rgb=is_rgb)
+        if (stream := level.first_frame(MAX_JPEG_HEAD_BYTES)) is None:
+            raise _UnknownError("its first DICOM frame is not found")
+        return _of_jpeg(stream, is_rgb=level.photometric == "RGB")
     except _UnknownError as error:
         return Compression(codec="jpeg", name="JPEG", unknown=str(error))
-
-
-def _first_frame(source: ByteSource) -> bytes:
-    """Read the beginning of the first frame, whose item follows that with all offsets."""
-    end = min(source.size, MAX_DICOM_HEADER_BYTES)
-    for start in range(0, end, DICOM_BLOCK_BYTES):
-        # A mark may lie across two blocks.
-        length = min(DICOM_BLOCK_BYTES + len(_DICOM_PIXELS), end - start)
-        (block,) = source.read_ranges([(start, length)])
-        place = block.find(_DICOM_PIXELS)
-        if place < 0:
-            continue
-        offsets = start + place + len(_DICOM_PIXELS) - len(_DICOM_ITEM)
-        (item,) = source.read_ranges([(offsets, 8)])
-        first = offsets + 8 + int.from_bytes(item[4:8], "little")
-        (item,) = source.read_ranges([(first, 8)])
-        if item[:4] == _DICOM_ITEM:
-            size = min(int.from_bytes(item[4:8], "little"), MAX_JPEG_HEAD_BYTES)
-            (stream,) = source.read_ranges([(first + 8, size)])
-            return stream
-        break
-    raise _UnknownError("its first DICOM frame is not found")
 
 
 # ------------------------------------------------------------------------------- plain images

@@ -10,6 +10,8 @@ from typing import Literal
 Colours = Literal["rgb", "ycbcr"]
 
 SOI, EOI, SOS = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+# Of a stream, for the colours it says it has: markers up to the frame header.
+COLOURS_READ_BYTES = 16 * 1024
 # Headers are within the first of these, an ICC profile of some MB left out.
 _MAX_SEGMENTS = 1000
 _JFIF, _ADOBE = b"JFIF\0", b"Adobe"

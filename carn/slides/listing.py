@@ -157,8 +157,29 @@ def _tell_left_out(root: str, items: Sequence[ObjectStat]) -> None:
     )
 
 
+def files_of_series(uri: str) -> list[ObjectStat]:
+    """The other files of a DICOM file's series in its folder; none of what is no DICOM.
+
+    Raises:
+        StorageError: the folder cannot be listed.
+    """
+    series = _series_uid(uri) if is_dicom_name(uri) else None
+    if series is None:
+        return []
+    folder = uri.rsplit("/", maxsplit=1)[0]
+    beside = [
+        item
+        for item in storage.list_objects(folder)
+        if item.uri != uri and item.uri.rsplit("/", maxsplit=1)[0] == folder
+    ]
+    named = [item for item in beside if is_dicom_name(item.uri)]
+    with ThreadPoolExecutor(NUM_HEADER_THREADS) as pool:
+        uids = list(pool.map(_series_uid, [item.uri for item in named]))
+    return [item for item, uid in zip(named, uids, strict=True) if uid == series]
+
+
 def _one_per_dicom_series(uris: list[str]) -> list[str]:
-    dicom = [uri for uri in uris if _is_dicom(uri)]
+    dicom = [uri for uri in uris if is_dicom_name(uri)]
     with ThreadPoolExecutor(NUM_HEADER_THREADS) as pool:
         uids = dict(zip(dicom, pool.map(_series_uid, dicom), strict=True))
     kept, series = [], set()
@@ -169,11 +190,12 @@ def _one_per_dicom_series(uris: list[str]) -> list[str]:
             series.add(uid)
         kept.append(uri)
     if len(kept) < len(uris):
-        logger.info("%d DICOM files make up %d slides", len(dicom), sum(map(_is_dicom, kept)))
+        logger.info("%d DICOM files make up %d slides", len(dicom), sum(map(is_dicom_name, kept)))
     return kept
 
 
-def _is_dicom(uri: str) -> bool:
+def is_dicom_name(uri: str) -> bool:
+    """Whether a file may be DICOM by its name: `.dcm`, none of a suffix, or a UID's number."""
     name = storage.name_of(uri)
     return Path(name).suffix.lower() == ".dcm" or _is_nameless(name)
 

@@ -7,6 +7,7 @@ from typing import IO
 from carn import storage
 from carn.errors import StorageError
 from carn.node_cache import cache_bytes, cache_dir, hold
+from carn.slides.listing import files_of_series
 
 __all__ = ["cache_bytes", "cache_dir", "fetch"]
 
@@ -14,8 +15,8 @@ __all__ = ["cache_bytes", "cache_dir", "fetch"]
 def fetch(uri: str) -> tuple[Path, IO[bytes]]:
     """A local copy of a remote slide with its companion files, and the pin that keeps it there.
 
-    Companions are the folder of an MRXS slide's name and the other `.dcm` objects beside a DICOM
-    one. The copy stays until the pin is closed; see `carn.node_cache`.
+    Companions are the folder of an MRXS slide's name and the objects beside a DICOM one that are of
+    its series. The copy stays until the pin is closed; see `carn.node_cache`.
 
     Raises:
         MissingObjectError, AccessDeniedError: as `storage.stat`.
@@ -51,11 +52,4 @@ def _companions(uri: str) -> list[storage.ObjectStat]:
         )
     if suffix == ".mrxs":
         return storage.list_objects(uri[: -len(suffix)])
-    if suffix == ".dcm":
-        folder = uri.rsplit("/", maxsplit=1)[0]
-        return [
-            item
-            for item in storage.list_objects(folder)
-            if item.uri != uri and item.uri.lower().endswith(".dcm")
-        ]
-    return []
+    return files_of_series(uri)

@@ -10,13 +10,16 @@ fixed grid, each always by the same call: no px depends on the region that it is
 
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openslide
+from PIL import Image
 
 from carn.errors import SlideError
+from carn.slides.dicom import DICOM_COLOURS_NOTE, shown_as_rgb
 from carn.slides.slide import (
     Level,
     Rgb,
@@ -72,7 +75,13 @@ class OpenSlideSlide(Slide):
                 )
                 for (width, height), downsample in zip(extents, downsamples, strict=True)
             )
-            super().__init__(uri, levels=levels, properties=_properties(handle))
+            properties = _properties(handle)
+            self._is_ycbcr = (False,) * len(levels)
+            if properties.vendor == "dicom":
+                self._is_ycbcr = tuple(shown_as_rgb(uri, path, extents))
+                if any(self._is_ycbcr):
+                    properties = replace(properties, notes=(DICOM_COLOURS_NOTE,))
+            super().__init__(uri, levels=levels, properties=properties)
         # Whatever the handle says comes from the file, as text that need not be UTF-8.
         except (openslide.OpenSlideError, UnicodeDecodeError) as error:
             self.close()
@@ -117,6 +126,8 @@ class OpenSlideSlide(Slide):
                     y,
                     level=level,
                 ) from error
+        if self._is_ycbcr[level]:
+            pixels = _of_ycbcr(pixels)
         return _on_white(pixels)
 
     def close(self) -> None:
@@ -135,6 +146,12 @@ def _open(uri: str, path: Path) -> openslide.OpenSlide:
         raise SlideError(uri, "is not a slide in any format that OpenSlide knows") from error
     except (openslide.OpenSlideError, UnicodeDecodeError) as error:
         raise SlideError(uri, f"cannot be opened; OpenSlide says {str(error)!r}") from error
+
+
+def _of_ycbcr(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(H, W, 4) with YCbCr and alpha, as RGB and alpha."""
+    image = Image.fromarray(pixels[..., :3], mode="YCbCr").convert("RGB")
+    return np.dstack([np.asarray(image), pixels[..., 3]])
 
 
 def _on_white(rgba: np.ndarray[Any, np.dtype[np.uint8]]) -> Rgb:

@@ -21,7 +21,14 @@ import tifffile
 from numpy.typing import NDArray
 
 from carn.errors import SlideError
-from carn.slides.jpeg_stream import EOI, SOI, SOS, Colours, stream_colours
+from carn.slides.jpeg_stream import (
+    COLOURS_READ_BYTES,
+    EOI,
+    SOI,
+    SOS,
+    Colours,
+    stream_colours,
+)
 from carn.slides.slide import (
     STRIP_PX,
     Level,
@@ -64,8 +71,6 @@ MAX_JPEG_SCANS = 100
 TILE_CACHE_BYTES = 32 * 1024 * 1024
 # Scanners that leave tiles of bare glass out.
 SPARSE_VENDORS = ("aperio", "philips")
-# Of a stream, for the colours it says it has: markers up to the frame header.
-COLOURS_READ_BYTES = 16 * 1024
 # Bytes that an encoder may leave behind the last px of a stream. More come of a stream that was
 # damaged so that its px ended early.
 MAX_STRAY_BYTES = 16

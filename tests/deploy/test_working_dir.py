@@ -7,7 +7,8 @@ from pathlib import Path
 from ray._private.runtime_env.packaging import create_package
 
 ROOT = Path(__file__).parents[2]
-# docs/cluster.md says 26 MB, of which four networks are 25. Ray warns of files beyond 10 MiB, and refuses 500 in all.
+# docs/cluster.md says 26 MB, of which four networks are 25. Ray warns of files beyond 10 MiB, and
+# refuses 500 in all.
 MAX_BYTES = 28_000_000
 MAX_FILE_BYTES = 10 * 2**20
 

@@ -13,6 +13,7 @@ from PIL import Image
 from carn import storage
 from carn.degradation.jpeg import encode_jpeg, quantisation_tables
 from carn.slides import compression as module
+from carn.slides import dicom
 from carn.slides.compression import Compression, match_tables, read_compression
 from carn.slides.opening import open_image, open_slide
 from carn.slides.openslide_reader import OpenSlideSlide
@@ -419,7 +420,7 @@ def test_dicom_frames_that_are_no_jpeg_are_unknown(shared_data: Path, tmp_path: 
         path.write_bytes(content.replace(b"\xff\xd8\xff", b"\x00\x00\x00"))
         found = read_compression(slide)
         assert (found.codec, found.quality) == ("jpeg", None)
-        path.write_bytes(content[: content.index(module._DICOM_PIXELS)])
+        path.write_bytes(content[: content.index(dicom._PIXELS)])
         found = read_compression(slide)
     assert "first DICOM frame is not found" in (found.unknown or "")
 

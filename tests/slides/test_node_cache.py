@@ -266,13 +266,17 @@ def test_mrxs_comes_with_its_folder(s3: Any) -> None:
 
 
 def test_dicom_comes_with_its_siblings(s3: Any) -> None:
-    uri = s3.put("x/1.dcm", b"1")
-    s3.put("x/2.DCM", b"2")
-    s3.put("x/note.txt", b"no")
-    s3.put("y/3.dcm", b"another folder's")
+    series = bytes(128) + b"DICM" + b"\x20\x00\x0e\x00UI\x06\x001.2.84"
+    uri = s3.put("x/1.dcm", series)
+    s3.put("x/2.DCM", series)
+    s3.put("x/IM0003", series)
+    s3.put("x/1.2.840.4", series)
+    s3.put("x/5.dcm", series.replace(b"1.2.84", b"1.2.85"))
+    s3.put("x/note.txt", series)
+    s3.put("y/6.dcm", series)
     path = fetch_and_let_go(uri)
     found = {p.name for p in path.parent.iterdir() if not p.name.startswith(".")}
-    assert found == {"1.dcm", "2.DCM"}
+    assert found == {"1.dcm", "2.DCM", "IM0003", "1.2.840.4"}
 
 
 def test_a_remote_slide_for_openslide_reads_as_the_local_one(

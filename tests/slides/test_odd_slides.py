@@ -1,5 +1,6 @@
 """Slides as people's programs write them: each comes right, or is refused by name."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 from carn.errors import SlideError
 from carn.slides import open_slide
+from carn.slides.dicom import DICOM_COLOURS_NOTE
 from carn.slides.level_check import is_of_slide
 from tests.conftest import draw
 
@@ -320,3 +322,39 @@ def test_hamamatsu_opens(name: str, shared_data: Path) -> None:
         assert slide.reader == "openslide"
         assert slide.properties.vendor == "hamamatsu"
         assert slide.mpp == pytest.approx(0.228, abs=0.001)
+
+
+# -------------------------------------------------------------------------------- colours of DICOM
+
+
+def with_photometric(content: bytes, name: bytes) -> bytes:
+    """A DICOM file's bytes with another PhotometricInterpretation."""
+    at = content.index(b"\x28\x00\x04\x00CS") + 6
+    length = int.from_bytes(content[at : at + 2], "little")
+    padded = name + b" " * (len(name) % 2)
+    return content[:at] + struct.pack("<H", len(padded)) + padded + content[at + 2 + length :]
+
+
+def test_dicom_that_says_rgb_of_ycbcr_comes_right(shared_data: Path, tmp_path: Path) -> None:
+    real = shared_data / "slides" / "odd" / "padded_dicom"
+    for number, source in enumerate(sorted(real.iterdir())):
+        # Without a suffix, as archives have them.
+        changed = with_photometric(source.read_bytes(), b"RGB")
+        (tmp_path / f"IM{number:04}").write_bytes(changed)
+    with open_slide(real / "l0.dcm") as right, open_slide(tmp_path / "IM0001") as found:
+        assert found.notes == (DICOM_COLOURS_NOTE,)
+        assert right.notes == ()
+        for level, size in enumerate(right.levels):
+            region = (0, 0, size.width_px, size.height_px)
+            expected = right.read_region(*region, level=level).astype(int)
+            assert abs(found.read_region(*region, level=level) - expected).max() <= 1
+
+
+def test_dicom_that_says_ycbcr_of_rgb_is_refused(shared_data: Path, tmp_path: Path) -> None:
+    real = shared_data / "slides" / "edge" / "dicom_boxes" / "boxes_0.dcm"
+    with open_slide(real) as slide:
+        assert slide.notes == ()
+    path = tmp_path / "level.dcm"
+    path.write_bytes(with_photometric(real.read_bytes(), b"YBR_FULL_422"))
+    with pytest.raises(SlideError, match="YBR_FULL_422, but its JPEG streams are RGB"):
+        open_slide(path)
