@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -43,6 +43,8 @@ COALESCE_GAP_BYTES = 8 * 1024
 # How much of a local file's head and tail its fingerprint covers: hashing a 3 GB slide whole would
 # cost more than reading the tiles wanted of it.
 FINGERPRINT_BYTES = 64 * 1024
+# Of Zarr 3 and 2, with its attributes.
+ZARR_METADATA = ("zarr.json", ".zattrs")
 
 # Times a conditional write is sent while others of the same name are under way.
 CREATE_ATTEMPTS = 10
@@ -163,6 +165,8 @@ def stat(uri: str) -> ObjectStat:
         AccessDeniedError: the credentials do not open it.
         StorageError: it is a directory, or storage does not answer.
     """
+    if is_zarr(uri):
+        return replace(_stat_metadata(uri), uri=uri)
     if is_s3(uri):
         bucket, key = split_object(uri)
         with s3_errors(uri):
@@ -179,9 +183,23 @@ def stat(uri: str) -> ObjectStat:
         return ObjectStat(uri=uri, size=found.st_size, etag=None)
 
 
+def _stat_metadata(uri: str) -> ObjectStat:
+    """Of a Zarr, its root's metadata, which writers of this project write last, stand for it."""
+    for name in ZARR_METADATA:
+        with suppress(MissingObjectError):
+            return stat(join(uri, name))
+    raise MissingObjectError(uri, f"no Zarr here: it has no {' or '.join(ZARR_METADATA)}")
+
+
+def is_zarr(uri: str) -> bool:
+    """Whether the name is that of a Zarr: `.zarr`, and no local file."""
+    named = uri.rstrip("/").lower().endswith(".zarr")
+    return named and (is_s3(uri) or not Path(uri).is_file())
+
+
 def is_file(uri: str) -> bool:
-    """Whether a file or object (not a directory or prefix) is there."""
-    if not is_s3(uri):
+    """Whether a file, an object or a Zarr (no other directory or prefix) is there."""
+    if not is_s3(uri) and not is_zarr(uri):
         return Path(uri).is_file()
     try:
         stat(uri)
@@ -203,7 +221,8 @@ def identity_of(found: ObjectStat) -> str:
     """What `identity` says, of something that has been listed: an object costs no request."""
     if found.etag is not None:
         return f"etag:{found.etag}:{found.size}"
-    with local_errors(found.uri), Path(found.uri).open("rb") as file:
+    path = _stat_metadata(found.uri).uri if is_zarr(found.uri) else found.uri
+    with local_errors(found.uri), Path(path).open("rb") as file:
         digest = hashlib.sha256(str(found.size).encode())
         digest.update(file.read(FINGERPRINT_BYTES))
         if found.size > FINGERPRINT_BYTES:

@@ -167,6 +167,8 @@ def read_compression(slide: Slide, *, level: int = 0) -> Compression:
     """
     if not 0 <= level < len(slide.levels):
         raise ValueError(f"{slide.uri} has levels 0..{len(slide.levels) - 1}, not {level}")
+    if slide.reader == "ome-zarr":  # of its codecs, those that are there lose nothing
+        return Compression(codec="lossless", name="Zarr")
     source = storage.open_source(slide.uri)
     try:
         (head,) = source.read_ranges([(0, DICOM_HEAD_BYTES)])

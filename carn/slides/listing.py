@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 SLIDE_SUFFIXES = (
     *(".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".dcm", ".vms", ".vmu", ".czi"),
     *(".svslide", ".ptif", ".ptiff", ".btf", ".tf2", ".tf8", ".qptiff", ".isyntax", ".i2syntax"),
+    ".zarr",
 )
+# A part of a name that is a Zarr's folder.
+_ZARR_FOLDER = re.compile(r"^.*?\.zarr(?=/)", re.IGNORECASE)
 # A DICOM file begins with 128 bytes of anything and this (DICOM PS3.10, section 7.1).
 DICOM_MAGIC = b"DICM"
 DICOM_MAGIC_AT = 128
@@ -65,7 +68,7 @@ def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
             matching = find_matching(root, folder, SLIDE_SUFFIXES)
             found.update((item.uri, item) for item in matching)
             continue
-        below = storage.list_objects(root)
+        below = _with_zarrs(root, storage.list_objects(root))
         if not below:
             raise MissingObjectError(root, "no file here, and no folder or prefix with files in it")
         proposed = [item for item in below if item.uri.lower().endswith(SLIDE_SUFFIXES)]
@@ -111,7 +114,7 @@ def find_matching(pattern: str, folder: str, suffixes: Sequence[str]) -> list[Ob
     """
     found = [
         item
-        for item in storage.list_objects(folder)
+        for item in _with_zarrs(folder, storage.list_objects(folder))
         if _matches(item.uri, pattern) and item.uri.lower().endswith(tuple(suffixes))
     ]
     if not found:
@@ -125,6 +128,32 @@ def _matches(uri: str, pattern: str) -> bool:
     """Whether each part of a name matches that of the pattern."""
     parts, wanted = uri.split("/"), pattern.split("/")
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _with_zarrs(root: str, items: Sequence[ObjectStat]) -> list[ObjectStat]:
+    """What is listed, with each folder that is a Zarr for all that is in it.
+
+    One without metadata, which is being written, is no slide and left out.
+    """
+    base = root.rstrip("/") + "/"
+    kept, zarrs = [], set()
+    for item in items:
+        found = _ZARR_FOLDER.match(item.uri.removeprefix(base))
+        if found is None:
+            kept.append(item)
+        else:
+            zarrs.add(base + found.group(0))
+
+    def stat(uri: str) -> ObjectStat | None:
+        try:
+            return storage.stat(uri)
+        except MissingObjectError:
+            logger.info("%s is left out: its metadata are not there (yet)", uri)
+            return None
+
+    with ThreadPoolExecutor(NUM_HEADER_THREADS) as pool:
+        kept += [item for item in pool.map(stat, sorted(zarrs)) if item is not None]
+    return sorted(kept, key=lambda item: item.uri)
 
 
 def _nameless_dicom(below: Sequence[ObjectStat]) -> list[ObjectStat]:

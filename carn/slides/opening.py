@@ -17,8 +17,9 @@ MAX_OPEN_SLIDES = 8
 def open_slide(uri: str | Path) -> Slide:
     """Open a whole-slide image from a local path or `s3://`, whichever reader suits its content.
 
-    TIFF and SVS of RGB tiles are read directly, by byte range. Everything else goes to OpenSlide;
-    remote files of those formats are fetched once into the node's slide cache.
+    TIFF and SVS of RGB tiles are read directly, by byte range, and so are the chunks of a folder or
+    prefix that is an OME-Zarr (`.zarr`). Everything else goes to OpenSlide; remote files of those
+    formats are fetched once into the node's slide cache.
 
     Raises:
         MissingObjectError, AccessDeniedError: nothing there, or not for these credentials.
@@ -30,6 +31,10 @@ def open_slide(uri: str | Path) -> Slide:
     from carn.slides.tiled_tiff import NotTiledTiffError, TiledTiffSlide
 
     name = storage.normalize(uri)
+    if storage.is_zarr(name):
+        from carn.slides.zarr_slide import OmeZarrSlide
+
+        return OmeZarrSlide(name)
     if not storage.is_s3(name) and Path(name).is_dir():
         raise SlideError(name, "is a directory; name a slide file in it")
     source = storage.open_source(name)
