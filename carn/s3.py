@@ -3,7 +3,8 @@
 Configured by the standard AWS variables (AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3, AWS_REGION,
 AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). Without any credentials, or with AWS_NO_SIGN_REQUEST=true,
 requests go unsigned, as public buckets want them; with AWS_REQUEST_PAYER=requester they say that
-the reader pays, as some buckets want it. Only this module imports boto3.
+the reader pays, as some buckets want it; with AWS_VIRTUAL_HOSTING=true the bucket's name goes into
+the host's, as some stores want it. Only this module imports boto3.
 """
 
 import functools
@@ -41,10 +42,17 @@ _BUSY_CODES = ("RequestTimeout", "SlowDown", "Throttling")
 _AWS_SETTINGS = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_NO_SIGN_REQUEST"),
-    "AWS_REQUEST_PAYER",
+    *("AWS_REQUEST_PAYER", "AWS_VIRTUAL_HOSTING"),
 )
-# The name that GDAL has for it.
+# The names that GDAL has for them.
 REQUEST_PAYER = "AWS_REQUEST_PAYER"
+VIRTUAL_HOSTING = "AWS_VIRTUAL_HOSTING"
+# What stores say that want the bucket in the host's name: Alibaba's OSS, Huawei's OBS, Tencent's
+# COS, Volcengine's TOS, as their users report.
+_WANT_VIRTUAL_HOSTS = (
+    *("SecondLevelDomainForbidden", "VirtualHostDomainRequired", "PathStyleDomainForbidden"),
+    "InvalidPathAccess",
+)
 
 
 def split_s3(uri: str) -> tuple[str, str]:
@@ -108,14 +116,19 @@ def _s3_client_for(_process: int, _settings: tuple[str | None, ...]) -> Any:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
-    unsigned = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
-    if unsigned or session.get_credentials() is None:
+    if _is_true("AWS_NO_SIGN_REQUEST") or session.get_credentials() is None:
         options["signature_version"] = UNSIGNED
+    if _is_true(VIRTUAL_HOSTING):  # with an endpoint of one's own, botocore puts it into the path
+        options["s3"] = {"addressing_style": "virtual"}
     client = session.client("s3", config=Config(**options))
     client.meta.events.register("needs-retry.s3", _wait_before_retry)
     if os.environ.get(REQUEST_PAYER):
         client.meta.events.register("provide-client-params.s3", _with_payer)
     return client
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def _with_payer(*, params: dict[str, Any], model: Any, **_: Any) -> dict[str, Any]:
@@ -181,12 +194,19 @@ def s3_errors(uri: str) -> Iterator[None]:
             raise MissingObjectError(uri, "no such bucket") from error
         if code in ("NoSuchKey", "404", "NotFound") or status == 404:
             raise MissingObjectError(uri, "no such object") from error
+        if code in _WANT_VIRTUAL_HOSTS:
+            raise StorageError(
+                uri,
+                f"the store wants the bucket in its host's name ({code}): set "
+                f"{VIRTUAL_HOSTING}=true",
+            ) from error
         if status in (401, 403):
             raise AccessDeniedError(
                 uri,
                 f"access denied ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or "
                 "AWS_PROFILE; for a public bucket set AWS_NO_SIGN_REQUEST=true, for one whose "
-                f"readers pay {REQUEST_PAYER}=requester (--request-payer)",
+                f"readers pay {REQUEST_PAYER}=requester (--request-payer), for a store that wants "
+                f"the bucket in its host's name {VIRTUAL_HOSTING}=true",
             ) from error
         if code in EXPIRED:
             raise AccessDeniedError(

@@ -214,6 +214,40 @@ def list_uploads(prefix_uri: str) -> list[UploadInfo]:
     return sorted(found, key=lambda upload: (upload.started, upload.uri, upload.upload_id))
 
 
+def check_parts(folder: str) -> None:
+    """Make sure that a store takes parts of different lengths, by trying it: 10 MB are sent.
+
+    AWS does, and so do disks, of which neither is asked. Cloudflare's R2 does not
+    (https://developers.cloudflare.com/r2/objects/upload-objects/).
+
+    Args:
+        folder: folder or prefix; what is written there for the trial is removed.
+
+    Raises:
+        StorageError: it does not, or cannot be written.
+    """
+    if not storage.is_s3(folder) or ".amazonaws.com" in str(s3_client().meta.endpoint_url):
+        return
+    uri = storage.join(folder, f"probe-{secrets.token_hex(16)}")
+    upload_id = begin(uri)
+    lengths = (MIN_PART_BYTES, MIN_PART_BYTES + 1, 1)
+    parts = [put_part(uri, upload_id, n, bytes(size)) for n, size in enumerate(lengths, start=1)]
+    try:
+        complete(uri, upload_id, parts)
+    except (StalePartError, ExtraPartError) as error:
+        raise StorageError(
+            folder,
+            "the store takes an object only in parts of one length, and those of a slide are as "
+            "long as their blocks came out; write OME-Zarr (--container ome-zarr), or to another "
+            "store",
+        ) from error
+    finally:
+        with suppress(StorageError):
+            abort(uri, upload_id)
+        with suppress(StorageError):
+            storage.delete([uri])
+
+
 # ------------------------------------------------------------------------------- object storage
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from carn import storage
+from carn import storage, uploads
 from carn.errors import CheckpointError, StorageError
 from carn.models.checkpoint import Checkpoint, checkpoint_hash, load_model, read_checkpoint
 from carn.models.shipped import shipped_for
@@ -248,6 +248,8 @@ class Night:
         # A place that cannot be written is better known now than after the first block.
         self._check_output()
         storage.check_creates(storage.join(self.output, "_state"))
+        if self.job.format.container == "tiff":
+            uploads.check_parts(storage.join(self.output, "_state"))
         logger.info("starting Ray, or connecting to it")
         start_ray()
         watch_s3(self.output, *(task.uri for task in self.todo))

@@ -71,6 +71,27 @@ def test_refused_credentials_say_what_to_check(stub_s3: Any) -> None:
             call("s3://b/k")
 
 
+@pytest.mark.parametrize("code", ["SecondLevelDomainForbidden", "VirtualHostDomainRequired"])
+def test_a_store_of_virtual_hosts_is_named(code: str, faulty_s3: Any) -> None:
+    faulty_s3.faults.add("refuse", times=100, status=403, code=code)
+    with pytest.raises(StorageError, match=rf"\({code}\): set AWS_VIRTUAL_HOSTING=true"):
+        storage.list_objects(faulty_s3.bucket.uri("x"))
+
+
+@pytest.mark.parametrize(
+    ("is_set", "url"),
+    [("", "http://store.example:9000/lab/k"), ("TRUE", "http://lab.store.example:9000/k")],
+)
+def test_the_bucket_goes_into_the_hosts_name(
+    is_set: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example:9000")
+    monkeypatch.setenv("AWS_VIRTUAL_HOSTING", is_set)
+    client = s3_connection.s3_client()
+    signed = client.generate_presigned_url("get_object", Params={"Bucket": "lab", "Key": "k"})
+    assert signed.split("?")[0] == url
+
+
 def test_expired_credentials_say_so(faulty_s3: Any) -> None:
     uri = faulty_s3.bucket.uri("x")
     faulty_s3.faults.add("refuse", times=100, status=400, code="ExpiredToken")

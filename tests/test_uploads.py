@@ -553,6 +553,21 @@ def test_content_damaged_on_its_way_is_refused(s3: Any) -> None:
     uploads.abort(uri, upload_id)
 
 
+def test_a_store_is_tried_for_parts_of_several_lengths(faulty_s3: Any, tmp_path: Path) -> None:
+    folder = faulty_s3.bucket.uri("out")
+    uploads.check_parts(folder)
+    assert storage.list_objects(folder) == uploads.list_uploads(folder) == []
+    # As Cloudflare's R2 answers.
+    faulty_s3.faults.add(
+        "refuse", "CompleteMultipartUpload", times=9, status=400, code="InvalidPart"
+    )
+    with pytest.raises(StorageError, match=r"only in parts of one length.*--container ome-zarr"):
+        uploads.check_parts(folder)
+    assert storage.list_objects(folder) == uploads.list_uploads(folder) == []
+    uploads.check_parts(str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_missing_bucket_is_named(s3: Any) -> None:
     with pytest.raises(MissingObjectError, match=r"carn-no-such-bucket.*no such bucket"):
         uploads.begin("s3://carn-no-such-bucket/a.tif")
