@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -73,6 +73,18 @@ class SlideFormat:
             raise ValueError(f"tile_px is {self.tile_px}; must be a multiple of 16, as TIFF says")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality is {self.quality}; must be 1 to 100")
+
+    def fitting(self, extent: tuple[int, int]) -> Self:
+        """The same with smaller tiles, where a slide of this (width, height) px is tiny.
+
+        libvips 8.18 refuses a TIFF ("tile size out of range") whose tiles are more than twice as
+        large as the longer side, rounded up to 128 px.
+        """
+        largest_px = 2 * 128 * -(-max(extent) // 128)
+        tile_px = self.tile_px
+        while tile_px > largest_px and tile_px % 32 == 0:
+            tile_px //= 2
+        return replace(self, tile_px=tile_px)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ def inspect(task: SlideTask) -> SlidePlan:
             block_px=block_px,
             mpp=view.mpp and (view.mpp[0] / scale, view.mpp[1] / scale),
             provenance=task.provenance(),
-            format=task.format,
+            format=task.format.fitting(extent),
         )
         cells = (
             None

@@ -221,6 +221,7 @@ def work(uri: str, folder: str) -> tuple[Trained, str]:
     return trained, json.dumps(scores)
 
 
+@pytest.mark.slow
 def test_two_workers_train_one_network(labelled: str, tmp_path: Path) -> None:
     one, two = run_workers(
         work, labelled, str(tmp_path / "gt"), num_workers=2, folder=tmp_path / "group"

@@ -83,6 +83,7 @@ def test_report_and_tables_are_beside_it(built: Path) -> None:
     assert not (built / "_work").exists()
 
 
+@pytest.mark.slow
 def test_one_worker_and_other_chunks_give_the_same_bytes(
     built: Path, slides: Path, tmp_path: Path
 ) -> None:

@@ -58,10 +58,8 @@ def run_and_kill(slides: Path, output: Path, *, when: str) -> None:
     kill_tree(process)
 
 
-@pytest.mark.parametrize(
-    "when",
-    [pytest.param("_work/measured/*.parquet", marks=pytest.mark.slow), "tiles/*.parquet"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["_work/measured/*.parquet", "tiles/*.parquet"])
 def test_killed_driver_leaves_what_the_next_run_completes(
     slides: Path, built: Path, tmp_path: Path, ray_here: None, when: str
 ) -> None:

@@ -390,6 +390,7 @@ def exported(wanted: Mapping[str, str]) -> dict[str, dict[str, float]]:
         time.sleep(2)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray-slides")
 def test_a_run_tells_of_every_slide_and_ray_exports_what_it_counts(

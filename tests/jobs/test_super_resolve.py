@@ -174,6 +174,7 @@ def test_another_checkpoint_does_not_replace_what_is_there_unless_told_to(lab: P
     assert main(make_sr_job(lab, lab / "sr", slides=one(lab))) == 1
 
 
+@pytest.mark.slow
 def test_self_ensemble_reaches_workers_notes_and_report_and_parts_slides(
     lab: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +218,7 @@ def test_limit_and_dry_run(lab: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert statuses(lab / "sr") == {"Case_1": "done", "Case_2": "unfinished"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(
     lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +271,7 @@ def test_what_another_run_is_at_is_left_to_it(lab: Path) -> None:
     assert statuses(lab / "sr") == {"Case_1": "claimed", "Case_2": "done"}
 
 
+@pytest.mark.slow
 def test_results_are_never_taken_for_input_nor_put_in_its_place(lab: Path) -> None:
     out = lab / "inbox" / "sr"
     glob = (str(lab / "inbox" / "*.tif"), f"{out}/*.tif")
@@ -339,6 +342,7 @@ def short_outage(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return probes
 
 
+@pytest.mark.slow
 def test_what_an_outage_failed_is_done_again(
     lab: Path, monkeypatch: pytest.MonkeyPatch, short_outage: list[str]
 ) -> None:
@@ -357,6 +361,7 @@ def test_what_an_outage_failed_is_done_again(
     assert statuses(lab / "sr") == {"Case_1": "done", "Case_2": "done"}
 
 
+@pytest.mark.slow
 def test_a_slide_that_could_not_be_inspected_in_an_outage_is_looked_at_again(
     lab: Path, monkeypatch: pytest.MonkeyPatch, short_outage: list[str]
 ) -> None:
@@ -378,6 +383,7 @@ def test_a_slide_that_could_not_be_inspected_in_an_outage_is_looked_at_again(
     assert statuses(lab / "sr") == {"Case_1": "done", "Case_2": "done"}
 
 
+@pytest.mark.slow
 def test_a_deadline_long_past_waits_for_nothing(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Slides that are being finished when the deadline comes, by an actor that never answers.
     soon = (datetime.now().astimezone() + timedelta(seconds=10)).isoformat()
@@ -393,6 +399,7 @@ def test_a_deadline_long_past_waits_for_nothing(lab: Path, monkeypatch: pytest.M
     assert set(statuses(lab / "sr").values()) == {"done"}
 
 
+@pytest.mark.slow
 def test_a_slide_that_storage_fails_alone_does_not_end_the_run(
     lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +412,7 @@ def test_a_slide_that_storage_fails_alone_does_not_end_the_run(
     assert statuses(lab / "sr") == {"Case_1": "failed", "Case_2": "failed"}
 
 
+@pytest.mark.slow
 def test_a_slide_that_was_finished_unheard_is_not_finished_again(lab: Path) -> None:
     plans: dict[str, SlidePlan] = {}
     with pytest.MonkeyPatch.context() as patch:

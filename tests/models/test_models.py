@@ -106,16 +106,15 @@ def test_the_seed_decides_the_weights_and_nothing_else_the_result(name: ModelNam
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_gradients_reach_every_parameter(name: ModelName) -> None:
     model = unsettle(seeded(name)).train()
-    # One input may leave a ReLU of few channels at zero everywhere.
-    for seed in range(4):
-        sr = model(noise(2, 3, 8, 8, seed=seed))
-        (sr * noise(*sr.shape, seed=5)).sum().backward()
+    sr = model(noise(2, 3, 8, 8))
+    (sr * noise(*sr.shape, seed=5)).sum().backward()
     idle = [
         key
         for key, parameter in model.named_parameters()
         if parameter.grad is None or not parameter.grad.any()
     ]
-    assert idle == []
+    # A softmax over all places takes no notice of what is added to each: what is left is rounding.
+    assert [key for key in idle if not key.endswith(".mask.bias")] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

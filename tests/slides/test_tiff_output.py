@@ -163,6 +163,21 @@ def test_every_reader_opens_it(tissue: Rgb, tmp_path: Path, subsampling: str) ->
         assert_is_near(image.numpy(), expected, subsampling=subsampling)
 
 
+@pytest.mark.parametrize("extent", [(1, 1), (40, 20), (100, 100), (101, 101), (130, 9), (300, 90)])
+@pytest.mark.parametrize("tile_px", [256, 512, 1024])
+def test_libvips_opens_what_is_tiny(
+    extent: tuple[int, int], tile_px: int, tissue: Rgb, tmp_path: Path
+) -> None:
+    pixels = tissue[: extent[1], : extent[0]]
+    form = replace(LOSSLESS, tile_px=tile_px).fitting(extent)
+    spec = spec_of(tmp_path, pixels, form, block_px=1024)
+    written(spec, pixels)
+    assert np.array_equal(pyvips.Image.tiffload(spec.uri).numpy(), pixels)
+    with openslide.OpenSlide(spec.uri) as slide:
+        found = slide.read_region((0, 0), 0, extent)
+    assert np.array_equal(np.asarray(found)[..., :3], pixels)
+
+
 def test_openslide_and_vips_open_what_is_lossless(tissue: Rgb, tmp_path: Path) -> None:
     pixels = tissue[:1100, :1201]
     spec = spec_of(tmp_path, pixels, LOSSLESS)

@@ -248,7 +248,7 @@ def test_windows_on_the_cells_are_one_pass_too_and_the_engine_of_production() ->
         assert sum(r.num_inferred_px for r in results) == 530 * 300
 
 
-@pytest.mark.parametrize("name", ["carn", "edsr", "swdnet"])
+@pytest.mark.parametrize("name", ["carn", "edsr", pytest.param("swdnet", marks=pytest.mark.slow)])
 def test_blocks_of_a_self_ensemble_agree_wherever_they_are_cut(name: ModelName) -> None:
     # Sides that the grid does not divide: flips begin at the end.
     pixels = draw(75, 51)
