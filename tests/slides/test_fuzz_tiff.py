@@ -1,10 +1,14 @@
 """Whatever is wrong with a TIFF: it opens, or is one error that names it; nothing hangs."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import openslide
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageCms
@@ -15,7 +19,7 @@ from carn.slides.openslide_reader import OpenSlideSlide
 from carn.slides.provenance import read_provenance
 from tests.fuzzing import examples, only_own_errors
 from tests.slides.test_open_slide import APERIO, PHILIPS
-from tests.slides.tiff_mutations import mutated
+from tests.slides.tiff_mutations import mutated, restated
 
 WriteSlide = Callable[..., Path]
 FORMS: dict[str, dict[str, object]] = {
@@ -25,6 +29,9 @@ FORMS: dict[str, dict[str, object]] = {
     "aperio": {"description": APERIO},
     "philips": {"description": PHILIPS, "software": "Philips DP v1.0"},
     "lzw": {"compression": "lzw", "is_bigtiff": True},
+    "jfif": {"has_jfif": True},
+    "jfif under RGB": {"has_jfif": True, "is_rgb": True},
+    "RGB, 4:4:4": {"is_rgb": True, "subsampling": "444"},
 }
 
 
@@ -84,6 +91,50 @@ def test_openslide_gets_through_what_the_direct_reader_would_take(
             read_some(slide)
 
     check()
+
+
+def first_image(path: Path) -> np.ndarray | None:
+    """Level 0 where tifffile and OpenSlide both read it, as much the same; None elsewhere."""
+    try:
+        with warnings.catch_warnings(), tifffile.TiffFile(path) as tiff:
+            warnings.simplefilter("ignore")
+            mine = tiff.pages[0].asarray()
+        with openslide.OpenSlide(str(path)) as slide:
+            theirs = np.asarray(slide.read_region((0, 0), 0, slide.dimensions))
+    except Exception:  # whatever they come upon in such a file
+        return None
+    if mine.dtype != np.uint8 or theirs[..., 3].min() < 255:
+        return None
+    return mine if is_same(mine, theirs[..., :3]) else None
+
+
+def is_same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether images differ by no more than decoders of JPEG do."""
+    if one.shape != other.shape:
+        return False
+    return float(np.abs(one.astype(float) - other.astype(float)).mean()) < 4
+
+
+def test_what_is_not_refused_is_what_two_others_read(contents: list[bytes], tmp_path: Path) -> None:
+    path = tmp_path / "restated.tif"
+    num_compared = 0
+
+    @examples(250)
+    @given(restated(contents))
+    def check(content: bytes) -> None:
+        nonlocal num_compared
+        path.write_bytes(content)
+        try:
+            with open_slide(path) as slide:
+                found = slide.read_region(0, 0, *slide.extent)
+        except SlideError:
+            return
+        if (expected := first_image(path)) is not None:
+            num_compared += 1
+            assert is_same(found, expected)
+
+    check()
+    assert num_compared > 20
 
 
 @given(st.binary(max_size=300), st.sampled_from((b"", b"II*\0", b"MM\0*", b"II+\0\x08\0\0\0")))

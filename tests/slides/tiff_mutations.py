@@ -34,6 +34,27 @@ TAGS = (
     *(324, 325, 330, 338, 339, 347, 530, 700, 32997, 33550, 34665, 34675, 34853, 65420),
 )
 
+# What fields that decide how pixels are taken may say, by tag: NewSubfileType, BitsPerSample,
+# Compression, Photometric, FillOrder, Orientation, SamplesPerPixel, resolution and its unit,
+# PlanarConfiguration, Predictor, SubIFDs, ExtraSamples, SampleFormat, YCbCr's subsampling.
+SAYINGS = {
+    254: (0, 1, 2, 3, 4, 5),
+    258: (1, 8, 12, 16),
+    259: (1, 5, 7, 8, 32773, 32946, 33003, 33005, 34712, 50000),
+    262: (0, 1, 2, 3, 5, 6, 8, 32803),
+    266: (1, 2),
+    274: (1, 3, 6),
+    277: (1, 2, 3, 4, 5),
+    282: (0, 1, 72),
+    284: (1, 2),
+    296: (0, 1, 2, 3),
+    317: (1, 2, 3),
+    330: (0, 8),
+    338: (0, 1, 2),
+    339: (1, 2, 3, 4),
+    530: (0x10001, 0x10002, 0x20001, 0x20002),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -88,6 +109,23 @@ def mutated(draw: st.DrawFn, contents: list[bytes]) -> bytes:
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         _change(draw, content, layout)
+    return bytes(content)
+
+
+@st.composite
+def restated(draw: st.DrawFn, contents: list[bytes]) -> bytes:
+    """One of these files, of which up to three fields say something else that a file may say."""
+    content = bytearray(draw(st.sampled_from(contents)))
+    layout = layout_of(bytes(content))
+    known = {
+        entry: struct.unpack_from("<H", content, entry)[0]
+        for entry in layout.entries
+        if struct.unpack_from("<H", content, entry)[0] in SAYINGS
+    }
+    place, form = layout.fields["value"]
+    for _ in range(draw(st.integers(1, 3))):
+        entry = draw(st.sampled_from(sorted(known)))
+        _put(content, entry + place, form, draw(st.sampled_from(SAYINGS[known[entry]])))
     return bytes(content)
 
 
