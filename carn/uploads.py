@@ -231,8 +231,8 @@ def check_parts(folder: str) -> None:
     uri = storage.join(folder, f"probe-{secrets.token_hex(16)}")
     upload_id = begin(uri)
     lengths = (MIN_PART_BYTES, MIN_PART_BYTES + 1, 1)
-    parts = [put_part(uri, upload_id, n, bytes(size)) for n, size in enumerate(lengths, start=1)]
     try:
+        parts = [put_part(uri, upload_id, n + 1, bytes(size)) for n, size in enumerate(lengths)]
         complete(uri, upload_id, parts)
     except (StalePartError, ExtraPartError) as error:
         raise StorageError(

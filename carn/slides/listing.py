@@ -68,6 +68,8 @@ def find_slides(roots: Sequence[str]) -> list[ObjectStat]:
             matching = find_matching(root, folder, SLIDE_SUFFIXES)
             found.update((item.uri, item) for item in matching)
             continue
+        if storage.is_zarr(root):  # and not finished: its chunks are no slides
+            storage.stat(root)
         below = _with_zarrs(root, storage.list_objects(root))
         if not below:
             raise MissingObjectError(root, "no file here, and no folder or prefix with files in it")
@@ -150,6 +152,8 @@ def _with_zarrs(root: str, items: Sequence[ObjectStat]) -> list[ObjectStat]:
         except MissingObjectError:
             logger.info("%s is left out: its metadata are not there (yet)", uri)
             return None
+        except StorageError:  # which says why when it is opened
+            return ObjectStat(uri=uri, size=0, etag=None)
 
     with ThreadPoolExecutor(NUM_HEADER_THREADS) as pool:
         kept += [item for item in pool.map(stat, sorted(zarrs)) if item is not None]

@@ -40,6 +40,7 @@ _RGB_COLOURS = ("FF0000", "00FF00", "0000FF")
 # Chunks and shards that are open at once.
 _MAX_OPEN = 64
 _WAY_OUT = "export it anew as 8-bit RGB"
+FIRST_OF_COLLECTION_NOTE = "the first image, 0, of a collection, as bioformats2raw writes slides"
 
 
 class OmeZarrSlide(Slide):
@@ -55,15 +56,21 @@ class OmeZarrSlide(Slide):
             StorageError: it cannot be read.
         """
         self._store = _ReadStore(uri)
-        group = self._opened(uri, "")
-        attributes: Mapping[str, Any] = dict(group.attrs)
+        attributes: Mapping[str, Any] = dict(self._opened(uri, "").attrs)
         ome = attributes.get("ome", attributes)
+        folder = ""
+        notes: tuple[str, ...] = ()
+        if "multiscales" not in ome and "bioformats2raw.layout" in ome:
+            # A slide as bioformats2raw writes it: first the slide, then its label and macro image.
+            folder, notes = "0/", (FIRST_OF_COLLECTION_NOTE,)
+            attributes = dict(self._opened(uri, "0").attrs)
+            ome = attributes.get("ome", attributes)
         if "multiscales" not in ome:
             raise SlideError(uri, _why_no_image(ome))
         try:
             multiscale = ome["multiscales"][0]
             axes = [axis["name"] for axis in multiscale["axes"]]
-            paths = [str(dataset["path"]) for dataset in multiscale["datasets"]]
+            paths = [f"{folder}{dataset['path']}" for dataset in multiscale["datasets"]]
             mpps = _mpp(multiscale, axes)
             colours = [str(c.get("color", "")) for c in ome.get("omero", {}).get("channels", [])]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -90,6 +97,7 @@ class OmeZarrSlide(Slide):
                 mpp_y=plausible_mpp(mpps[1]),
                 vendor="ome-zarr",
                 icc_profile=_icc_profile(attributes),
+                notes=notes,
             ),
         )
 
@@ -144,8 +152,6 @@ class OmeZarrSlide(Slide):
 
 
 def _why_no_image(ome: Mapping[str, Any]) -> str:
-    if "bioformats2raw.layout" in ome or "series" in ome:
-        return "is a collection of images; name one of them, such as its folder 0"
     if "plate" in ome or "well" in ome:
         return "is a plate of wells, no slide"
     return "is a Zarr, but its metadata name no image (no multiscales), or it was never finished"

@@ -17,6 +17,7 @@ from carn.slides.compression import read_compression
 from carn.slides.encoding import halved
 from carn.slides.listing import list_slides
 from carn.slides.pyramid import pyramid_levels
+from carn.slides.zarr_slide import FIRST_OF_COLLECTION_NOTE
 from tests.conftest import draw
 from tests.slides.test_zarr_output import spec_of, write
 
@@ -127,11 +128,6 @@ def with_a_level_that_is_missing(ome: dict[str, Any]) -> None:
     ome["multiscales"][0]["datasets"][1]["path"] = "s7"
 
 
-def as_a_collection(ome: dict[str, Any]) -> None:
-    ome.clear()
-    ome["bioformats2raw.layout"] = 3
-
-
 @pytest.mark.parametrize(
     ("how", "says"),
     [
@@ -143,7 +139,6 @@ def as_a_collection(ome: dict[str, Any]) -> None:
         ({"change": without_axes}, "not OME-Zarr's"),
         ({"change": with_levels_turned_round}, "from the finest on"),
         ({"change": with_a_level_that_is_missing}, "'s7' cannot be opened"),
-        ({"change": as_a_collection}, "collection of images; name one of them"),
         ({"change": dict.clear}, "name no image"),
     ],
 )
@@ -161,11 +156,30 @@ def test_colours_of_rgb_are_no_fluorescence(tmp_path: Path) -> None:
         assert np.array_equal(slide.read_region(0, 0, 420, 333), pixels)
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_collection_of_bioformats2raw_is_its_first_image(version: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(path, mode="w", zarr_format=3 if version == "0.5" else 2)
+    layout = {"bioformats2raw.layout": 3}
+    group.attrs.update({"ome": layout} if version == "0.5" else layout)
+    with pytest.raises(SlideError, match="'0' cannot be opened"):
+        open_slide(path)
+    pixels = write_zarr(path / "0", version=version)
+    write_zarr(path / "1", version=version, channels=1)
+    assert list_slides([str(tmp_path)]) == [str(path)]
+    with open_slide(path) as slide:
+        assert slide.notes == (FIRST_OF_COLLECTION_NOTE,)
+        assert [level.downsample for level in slide.levels] == [1, 2]
+        assert np.array_equal(slide.read_region(0, 0, 420, 333), pixels)
+
+
 def test_a_folder_that_is_no_zarr_or_none(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match="cannot be opened"):
         open_slide(tmp_path / "a.zarr")
     with pytest.raises(MissingObjectError):
         storage.stat(str(tmp_path / "a.zarr"))
+    with pytest.raises(MissingObjectError, match="no Zarr here"):
+        list_slides([str(tmp_path / "a.zarr")])
     (tmp_path / "b.zarr").mkdir()
     (tmp_path / "b.zarr" / "zarr.json").write_text(json.dumps([1]))
     with pytest.raises(SlideError, match="is no OME-Zarr"):
